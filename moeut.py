@@ -1,0 +1,563 @@
+"""MoEUT, the Mixture-of-Experts Universal Transformer (Csordas et al., 2024, arXiv 2405.16039).
+
+A Universal Transformer applies the same layers over and over, so depth costs no parameters; but with
+shared layers a dense model has too few of them. MoEUT buys them back with three ideas:
+
+1. Mixtures of experts in both halves of a layer: sigma-MoE in the feedforward (arXiv 2310.10837) and
+   SwitchHead in the attention (arXiv 2312.07987). Every token uses a few experts out of many.
+2. Layer grouping: not one layer but a small group of G of them is repeated, ABABAB...
+3. Peri-layernorm: a layernorm stands only where a softmax or sigmoid follows, never in the way of the
+   values, so that the residual stream can grow and shrink freely through the repeats.
+
+The same file holds what the paper compares with: `ffn`, `attention`, `group_size` and `layernorm` in
+the config turn MoEUT into the standard Transformer, the plain Universal Transformer, the sigma-MoE
+Transformer and the SwitchHead Transformer.
+
+Letters in the shape comments, code name and meaning:
+
+    B             batch                       N = B * T tokens
+    T             time, tokens of a sequence
+    C  n_embd     width of the residual stream
+    L  n_layer    layer applications          G  group_size    distinct layers
+    H  n_head     attention heads             D  head_size     width of a head
+    E  n_expert   feedforward experts         K  top_k         ... chosen per token
+    F  expert_size  hidden units of an expert
+    A  n_att_expert experts per head          J  att_top_k     ... chosen per token and head
+
+A router is a linear map to `logits`, one for each expert; the `scores` are their sigmoids; top-K takes
+the experts with the K largest; the `gate` of a chosen expert is its score, by which its output is
+multiplied. Scores are not normalised, and no token is ever dropped.
+
+Not in here: dropout of experts, load balancing beyond the paper's entropy term, sequence packing,
+a tokenizer (see train.py).
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Iterator, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cvmm import Weight, cast, expert_ffn, expert_outputs, expert_values, route
+
+# ---------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class MoEUTConfig:
+    """All sizes and switches of a model. Raises ValueError, in one sentence, if they do not fit."""
+
+    vocab_size: int = 257  # tokens; 257 = all bytes and end of text
+    block_size: int = 256  # training context T; the model itself has no limit (rotary positions)
+    n_layer: int = 6  # L, counts applications: a layer repeated three times counts three
+    group_size: int = 2  # G distinct layers, repeated L / G times; G = L shares nothing
+    n_embd: int = 128  # C
+    n_head: int = 4  # H; fewer than in a dense model, each head has A experts
+    head_size: int = 32  # D; H * D need not be C
+    ffn: str = "moe"  # moe (sigma-MoE) | dense
+    n_expert: int = 16  # E; parameters grow with E, compute does not
+    expert_size: int = 128  # F; the paper's, and the least that keeps tensor cores busy
+    top_k: int = 4  # K; compute grows with K * F
+    ffn_size: int = 512  # hidden units of a dense feedforward
+    attention: str = "moe"  # moe (SwitchHead) | dense
+    n_att_expert: int = 4  # A
+    att_top_k: int = 2  # J
+    layernorm: str = "peri"  # peri | pre | post
+    dropout: float = 0.0  # on the output of attention and feedforward; 0 in all runs of the paper
+    ffn_reg: float = 0.01  # weight of the entropy regulariser on feedforward routers
+    att_reg: float = 0.001  # ... on attention routers
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} is {value}: it must be at least 1.")
+        for name, choices in {
+            "ffn": ("moe", "dense"), "attention": ("moe", "dense"), "layernorm": ("peri", "pre", "post"),
+        }.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}.")
+        for small, large in (("top_k", "n_expert"), ("att_top_k", "n_att_expert")):
+            if getattr(self, small) > getattr(self, large):
+                raise ValueError(
+                    f"{small} is {getattr(self, small)}, but there are only {large} = "
+                    f"{getattr(self, large)} experts to choose from.")
+        if self.n_layer % self.group_size:
+            raise ValueError(
+                f"n_layer is {self.n_layer}: it must be a multiple of group_size = {self.group_size}, "
+                "because whole groups are repeated.")
+        if self.ffn == "dense" and self.layernorm == "peri":
+            raise ValueError(
+                "layernorm is 'peri', which normalises the input of routers, but a dense feedforward has "
+                "none: choose layernorm 'pre'.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1.")
+
+    @property
+    def n_repeat(self) -> int:
+        return self.n_layer // self.group_size
+
+    def macs_per_token(self, context: int | None = None) -> int:
+        """Multiply-accumulates of one token's forward pass, embedding and head left out.
+
+        `context` is the number of positions attended to, block_size if not given. This is the formula
+        of the paper (appendix), which does not halve the attention for causality.
+        """
+        T, C, heads = context or self.block_size, self.n_embd, self.n_head * self.head_size
+        attention = 2 * heads * T + 2 * C * heads                                # scores, mix; q, k
+        if self.attention == "moe":
+            attention += 2 * self.att_top_k * heads * (C + 1)                    # v, o and their gates
+            attention += 2 * self.n_head * self.n_att_expert * C                 # two routers
+        else:
+            attention += 2 * C * heads
+        if self.ffn == "moe":
+            ffn = self.top_k * self.expert_size * (2 * C + 1) + self.n_expert * C
+        else:
+            ffn = 2 * C * self.ffn_size
+        return self.n_layer * (attention + ffn)
+
+    def estimate_flops(self) -> int:
+        """Floating point operations per token of one training step: 2 per MAC, forward once and
+        backward twice; the head included, and only the causal half of attention."""
+        return 6 * (self.macs_per_token(self.block_size // 2) + self.n_embd * self.vocab_size)
+
+
+def _moeut(C, L, G, H, D, E, K, A):
+    return dict(n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E, top_k=K,
+                n_att_expert=A, vocab_size=8000, block_size=1024)
+
+
+def _dense(C, L, H, D, hidden):
+    return dict(ffn="dense", attention="dense", layernorm="pre", n_embd=C, n_layer=L, group_size=L,
+                n_head=H, head_size=D, ffn_size=hidden, vocab_size=8000, block_size=1024)
+
+
+PRESETS = {
+    "tiny": dict(),  # the defaults above: made for two CPU cores
+    # The paper's sizes (its table of hyperparameters; SentencePiece vocabulary of 8000).
+    #                    C   L  G  H    D    E   K   A
+    "moeut-44M": _moeut(412, 16, 2, 4, 82, 155, 12, 8),
+    "moeut-126M": _moeut(768, 18, 2, 4, 96, 254, 12, 10),
+    "moeut-244M": _moeut(1024, 18, 2, 4, 128, 387, 16, 10),
+    "moeut-318M": _moeut(1024, 24, 3, 4, 128, 338, 16, 10),
+    "moeut-727M": _moeut(1280, 36, 4, 5, 128, 467, 20, 13),
+    "moeut-1B": _moeut(1536, 36, 4, 6, 128, 565, 24, 12),
+    # Its dense baselines.
+    #                    C   L   H   D  hidden
+    "dense-44M": _dense(412, 16, 10, 41, 2053),
+    "dense-126M": _dense(768, 16, 16, 48, 3072),
+    "dense-244M": _dense(1024, 18, 16, 64, 4110),
+    "dense-318M": _dense(1024, 24, 16, 64, 4110),
+    "dense-727M": _dense(1280, 36, 20, 64, 5120),
+    "dense-1B": _dense(1536, 36, 24, 64, 6144),
+}
+
+
+def preset(name: str, **changes) -> MoEUTConfig:
+    """The config of that name, with some fields changed. Raises ValueError for an unknown name."""
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}: choose one of {', '.join(PRESETS)}.")
+    return MoEUTConfig(**{**PRESETS[name], **changes})
+
+
+# ---------------------------------------------------------------------------------------------------
+# Parts shared by all layers
+
+
+class KVCache:
+    """Keys and values of all past tokens, one entry per layer *application*: a layer that is repeated
+    three times sees three different inputs. Preallocated for `capacity` tokens."""
+
+    def __init__(self, config: MoEUTConfig, batch: int, capacity: int, device=None, dtype=None):
+        shape = (2, config.n_layer, batch, config.n_head, capacity, config.head_size)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)                 # [2, L, B, H, capacity, D]
+        self.capacity = capacity
+        self.length = 0  # tokens stored; the model moves it on after the last layer
+
+    def append(self, application: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, H, T, D] of the new tokens; return those of all tokens so far."""
+        end = self.length + k.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"KVCache: {end} tokens do not fit, capacity is {self.capacity}.")
+        keys, values = self.kv[0, application], self.kv[1, application]
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def rotary_table(head_size: int, start: int, stop: int, device) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, R/2] for positions start..stop-1. The first R dimensions of a head are rotated:
+    half of them, rounded down to an even number; the base is 10000."""
+    rotated = head_size // 2 // 2 * 2
+    frequency = 10000 ** -(torch.arange(0, rotated, 2, device=device) / max(rotated, 1))  # [R/2]
+    angle = torch.arange(start, stop, device=device).unsqueeze(1) * frequency             # [T, R/2]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions for x [..., T, D]; dimension i of the rotated part is paired with i + R/2."""
+    cos, sin = (t.to(x.dtype) for t in rotary)                                   # [T, R/2]
+    half = cos.shape[-1]
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention. q [B, H, T, D]; k, v [B, H, S, D] with S >= T: queries are the last T positions."""
+    T, S = q.shape[2], k.shape[2]
+    if T == 1 or T == S:  # a single query sees everything; is_causal keeps a full square on the flash path
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Router(nn.Linear):
+    """Logits of all experts, in float32 also under autocast: in bfloat16 half of the tokens have a tie
+    at the top-K cut."""
+
+    def __init__(self, n_embd: int, n_expert: int, top_k: int, groups: int = 1):
+        super().__init__(n_embd, groups * n_expert, bias=False)
+        self.top_k, self.groups = top_k, groups  # top_k are chosen in each group of n_expert
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The experts with the top_k largest scores: gate and expert, both [..., top_k].
+
+    The score is a sigmoid, which keeps the order, so only the chosen logits need one.
+    """
+    chosen, expert = logits.topk(top_k, dim=-1, sorted=False)
+    return chosen.sigmoid(), expert
+
+
+def usage(logits: Tensor) -> Tensor:
+    """Log of the mean probability of each expert over time: [B, T, ..., E] -> [B, ..., E].
+
+    A softmax over all experts, although the gate is a sigmoid; in log space, in float32.
+    """
+    return logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
+
+
+def log_mean(log_p: list[Tensor]) -> Tensor:
+    """Log of the mean of probabilities given by their logs."""
+    return torch.stack(log_p).logsumexp(0) - math.log(len(log_p))
+
+
+def negative_entropy(log_p: Tensor) -> Tensor:
+    """sum_e p_e log p_e: 0 when one expert takes all, -log E when all are used alike."""
+    return (log_p.exp() * log_p).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Feedforward
+
+
+class DenseFFN(nn.Module):
+    """relu(n W1 + b1) W2 + b2"""
+
+    def __init__(self, c: MoEUTConfig):
+        super().__init__()
+        self.up = nn.Linear(c.n_embd, c.ffn_size)
+        self.down = nn.Linear(c.ffn_size, c.n_embd)
+
+    def init_weights(self, a: float):
+        for linear in (self.up, self.down):
+            nn.init.normal_(linear.weight, std=a / math.sqrt(linear.in_features))
+            nn.init.zeros_(linear.bias)
+
+    def cast(self):
+        return ()
+
+    def forward(self, x: Tensor, n: Tensor, weights) -> tuple[Tensor, None]:
+        return self.down(self.up(x).relu()), None
+
+
+class SigmaMoE(nn.Module):
+    """sum over the top-K experts e of s[e] * relu(x W_up[e]) W_down[e], with s = sigmoid(n W_s)."""
+
+    def __init__(self, c: MoEUTConfig):
+        super().__init__()
+        self.top_k = c.top_k
+        self.router = Router(c.n_embd, c.n_expert, c.top_k)
+        self.w_up = nn.Parameter(torch.empty(c.n_expert, c.n_embd, c.expert_size))
+        self.w_down = nn.Parameter(torch.empty(c.n_expert, c.expert_size, c.n_embd))
+
+    def init_weights(self, a: float):
+        E, C, F_ = self.w_up.shape
+        nn.init.normal_(self.router.weight, std=a / math.sqrt(C))
+        nn.init.normal_(self.w_up, std=a / math.sqrt(C))
+        nn.init.normal_(self.w_down, std=a / math.sqrt(E * F_))  # all experts, not only the K chosen
+
+    def cast(self) -> tuple[Weight, Weight]:
+        return cast(self.w_up), cast(self.w_down)
+
+    def forward(self, x: Tensor, n: Tensor, weights) -> tuple[Tensor, Tensor]:
+        """x, n [B, T, C]: what the experts and what the router see. Returns [B, T, C] and logits."""
+        logits = self.router(n)                                                  # [B, T, E]
+        gate, expert = choose(logits.flatten(0, 1), self.top_k)                  # [N, K] both
+        routing = route(expert, logits.shape[-1])
+        out = expert_ffn(x.flatten(0, 1), *weights, gate, routing)               # [N, C]
+        return out.view_as(x), logits
+
+
+# ---------------------------------------------------------------------------------------------------
+# Attention
+
+
+class DenseAttention(nn.Module):
+    """Multi-head attention without biases."""
+
+    def __init__(self, c: MoEUTConfig):
+        super().__init__()
+        self.n_head, self.head_size = c.n_head, c.head_size
+        self.qk = nn.Linear(c.n_embd, 2 * c.n_head * c.head_size, bias=False)
+        self.v = nn.Linear(c.n_embd, c.n_head * c.head_size, bias=False)
+        self.o = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=False)
+
+    def init_weights(self, a: float):
+        for linear in (self.qk, self.v, self.o):
+            nn.init.normal_(linear.weight, std=a / math.sqrt(linear.in_features))
+
+    def cast(self):
+        return ()
+
+    def queries_and_keys(self, n: Tensor, rotary) -> Tensor:
+        """n [B, T, C] -> [2, B, H, T, D], rotated."""
+        qk = self.qk(n).unflatten(-1, (2, self.n_head, self.head_size))          # [B, T, 2, H, D]
+        return rotate(qk.permute(2, 0, 3, 1, 4), rotary)                         # [2, B, H, T, D]
+
+    def forward(self, x: Tensor, n: Tensor, weights, rotary, remember) -> tuple[Tensor, None]:
+        q, k = self.queries_and_keys(n, rotary)                                  # [B, H, T, D] both
+        v = self.v(x).unflatten(-1, (self.n_head, self.head_size)).transpose(1, 2)
+        out = attend(q, *remember(k, v))                                         # [B, H, T, D]
+        return self.o(out.transpose(1, 2).flatten(2)), None
+
+
+class SwitchHead(DenseAttention):
+    """Attention with dense queries and keys, and with A experts per head for values and outputs:
+
+        v_h = sum over top-J e of s_v[h, e] * x W_v[h, e]          (scores of the source token)
+        out = sum_h sum over top-J e of s_o[h, e] * a_h W_o[h, e]  (scores of the query token)
+    """
+
+    def __init__(self, c: MoEUTConfig):
+        nn.Module.__init__(self)
+        self.n_head, self.head_size = c.n_head, c.head_size
+        self.n_expert, self.top_k = c.n_att_expert, c.att_top_k
+        self.qk = nn.Linear(c.n_embd, 2 * c.n_head * c.head_size, bias=False)
+        self.router = Router(c.n_embd, c.n_att_expert, c.att_top_k, groups=2 * c.n_head)  # values, outputs
+        self.w_v = nn.Parameter(torch.empty(c.n_head * c.n_att_expert, c.n_embd, c.head_size))
+        self.w_o = nn.Parameter(torch.empty(c.n_head * c.n_att_expert, c.head_size, c.n_embd))
+
+    def init_weights(self, a: float):
+        for w in (self.qk.weight, self.router.weight, self.w_v):
+            nn.init.normal_(w, std=a / math.sqrt(self.qk.in_features))
+        nn.init.normal_(self.w_o, std=a / math.sqrt(self.n_head * self.head_size))
+
+    def cast(self) -> tuple[Weight, Weight]:
+        return cast(self.w_v), cast(self.w_o)
+
+    def forward(self, x: Tensor, n: Tensor, weights, rotary, remember) -> tuple[Tensor, Tensor]:
+        """x, n [B, T, C]: what the value experts see, and what q, k and the routers see.
+
+        Returns [B, T, C] and the logits [B, T, 2, H, A] of both routers.
+        """
+        (B, T, _), H, J = x.shape, self.n_head, self.top_k
+        w_v, w_o = weights
+        logits = self.router(n).view(B, T, 2, H, self.n_expert)                  # [B, T, 2, H, A]
+        gate, expert = choose(logits, J)                                         # [B, T, 2, H, J] both
+        gate_v, gate_o = gate.flatten(0, 1).unbind(1)                            # [N, H, J] both
+        expert_v, expert_o = expert.flatten(0, 1).unbind(1)                      # [N, H, J] both
+
+        q, k = self.queries_and_keys(n, rotary)                                  # [B, H, T, D] both
+        v = expert_values(x.flatten(0, 1), w_v, gate_v, expert_v)                # [N, H, D]
+        a = attend(q, *remember(k, v.view(B, T, H, -1).transpose(1, 2)))         # [B, H, T, D]
+        a = a.transpose(1, 2).flatten(0, 1)                                      # [N, H, D]
+        out = expert_outputs(a, w_o, gate_o, expert_o)                           # [N, C]
+        return out.view_as(x), logits
+
+
+# ---------------------------------------------------------------------------------------------------
+# Layer and model
+
+
+class Layer(nn.Module):
+    """Attention and feedforward with their layernorms; one of the G that are repeated."""
+
+    def __init__(self, c: MoEUTConfig):
+        super().__init__()
+        self.layernorm = c.layernorm
+        self.ln1 = nn.LayerNorm(c.n_embd)
+        self.attention = (SwitchHead if c.attention == "moe" else DenseAttention)(c)
+        self.ln2 = nn.LayerNorm(c.n_embd)
+        self.ffn = (SigmaMoE if c.ffn == "moe" else DenseFFN)(c)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def cast(self):
+        """The expert weights in the precision of the matmuls."""
+        return self.attention.cast(), self.ffn.cast()
+
+    def forward(self, x: Tensor, weights, rotary, remember=lambda k, v: (k, v)):
+        """x [B, T, C] -> [B, T, C], and the usage of attention and feedforward experts (or None)."""
+        if self.layernorm == "post":
+            y, att_logits = self.attention(x, x, weights[0], rotary, remember)
+            x = self.ln1(x + self.dropout(y))
+            y, ffn_logits = self.ffn(x, x, weights[1])
+            x = self.ln2(x + self.dropout(y))
+        else:
+            # Peri: only what goes into a softmax or sigmoid is normalised (n), values are not (x).
+            n = self.ln1(x)
+            y, att_logits = self.attention(x if self.layernorm == "peri" else n, n, weights[0], rotary, remember)
+            x = x + self.dropout(y)
+            n = self.ln2(x)
+            y, ffn_logits = self.ffn(x if self.layernorm == "peri" else n, n, weights[1])
+            x = x + self.dropout(y)
+        if not self.training:
+            return x, None, None
+        return x, *(None if logits is None else usage(logits) for logits in (att_logits, ffn_logits))
+
+
+class Output(NamedTuple):
+    logits: Tensor  # [B, T, vocab_size]
+    loss: Tensor | None  # cross entropy in nats per token; None without targets
+    reg: Tensor  # weighted entropy regulariser, to be added to the loss; 0 in evaluation
+
+
+class MoEUT(nn.Module):
+    """The language model: embedding, n_repeat times the group of layers, layernorm, linear head."""
+
+    def __init__(self, config: MoEUTConfig):
+        super().__init__()
+        self.config = config
+        self.recompute = False  # activation checkpointing: keep one [B, T, C] per layer application
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.group_size))
+        self.ln = nn.Identity() if config.layernorm == "post" else nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Normal with standard deviation sqrt(2 / L) / sqrt(fan in), L counting applications; the fan in
+        of w_down is E * F and that of w_o is H * D. Layernorms 1 and 0, the head is PyTorch's default."""
+        nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(self.config.n_embd))
+        for layer in self.layers:
+            layer.attention.init_weights(math.sqrt(2 / self.config.n_layer))
+            layer.ffn.init_weights(math.sqrt(2 / self.config.n_layer))
+
+    @classmethod
+    def from_official(cls, state_dict: dict[str, Tensor], config: MoEUTConfig) -> "MoEUT":
+        """A model with the weights of the authors' `MoEUTLM` (github.com/RobertCsordas/moeut).
+
+        Args: its state_dict(); the config, whose sizes must be those of the weights.
+        Raises ValueError when names or shapes do not fit.
+        """
+        theirs = dict(state_dict)
+        ours = {}
+        try:
+            for g in range(config.group_size):
+                a, b = f"transformer.layers.{g}.", f"layers.{g}."
+                ours[b + "attention.qk.weight"] = torch.cat([theirs.pop(a + f"attention.{x}.weight") for x in "qk"])
+                ours[b + "attention.router.weight"] = torch.cat([theirs.pop(a + f"attention.sel_{x}") for x in "vo"])
+                for new, old in (("attention.w_v", "attention.v"), ("attention.w_o", "attention.o"),
+                                 ("ffn.w_up", "ffn.keys"), ("ffn.w_down", "ffn.values"),
+                                 ("ffn.router.weight", "ffn.expert_sel"), ("ln1.weight", "ln1.weight"),
+                                 ("ln1.bias", "ln1.bias"), ("ln2.weight", "ln2.weight"), ("ln2.bias", "ln2.bias")):
+                    ours[b + new] = theirs.pop(a + old)
+            for new, old in (("embedding.weight", "embedding.weight"), ("ln.weight", "out_norm.weight"),
+                             ("ln.bias", "out_norm.bias"), ("head.weight", "lm_head.weight"), ("head.bias", "lm_head.bias")):
+                ours[new] = theirs.pop(old)
+            model = cls(config)
+            model.load_state_dict(ours)
+        except KeyError as e:
+            raise ValueError(f"These are not weights of the authors' MoEUTLM with this group_size: {e} is missing.") from None
+        except RuntimeError as e:
+            raise ValueError(f"The config does not fit the authors' weights: {str(e).splitlines()[-1].strip()}") from None
+        if theirs:
+            raise ValueError(f"The authors' weights hold more than this config has room for: {next(iter(theirs))}.")
+        return model
+
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Output:
+        """idx, targets [B, T] of token ids; a target of -1 is ignored. With a cache, idx continues the
+        tokens in it. Any length works; positions beyond block_size were never trained."""
+        start = cache.length if cache else 0
+        rotary = rotary_table(self.config.head_size, start, start + idx.shape[1], idx.device)
+        weights = [layer.cast() for layer in self.layers]  # once per step, not once per repeat
+        att_usage = [[] for _ in self.layers]
+        ffn_usage = [[] for _ in self.layers]
+
+        x = self.embedding(idx)                                                  # [B, T, C]
+        for repeat in range(self.config.n_repeat):
+            for g, layer in enumerate(self.layers):
+                if cache:
+                    application = repeat * self.config.group_size + g
+                    x, *_ = layer(x, weights[g], rotary, lambda k, v: cache.append(application, k, v))
+                    continue
+                if self.recompute and torch.is_grad_enabled():
+                    x, att, ffn = checkpoint(layer, x, weights[g], rotary, use_reentrant=False)
+                else:
+                    x, att, ffn = layer(x, weights[g], rotary)
+                att_usage[g].append(att)
+                ffn_usage[g].append(ffn)
+        if cache:
+            cache.length += idx.shape[1]
+
+        logits = self.head(self.ln(x))                                           # [B, T, vocab_size]
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return Output(logits, loss, self.regulariser(att_usage, ffn_usage, logits))
+
+    def regulariser(self, att_usage, ffn_usage, like: Tensor) -> Tensor:
+        """Sum over the group of the negative entropy of expert usage, over all repeats and time steps of
+        a sequence together: it is small when all experts are used."""
+        total = like.new_zeros((), dtype=torch.float32)
+        for att, ffn in zip(att_usage, ffn_usage):  # of all repeats of one layer
+            if att and att[0] is not None:                                       # [B, 2, H, A] each
+                total = total + self.config.att_reg * negative_entropy(log_mean(att)).mean((0, 2)).sum()
+            if ffn and ffn[0] is not None:                                       # [B, E] each
+                total = total + self.config.ffn_reg * negative_entropy(log_mean(ffn)).mean()
+        return total
+
+    @torch.inference_mode()
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float | None = None, generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue idx [B, T], T >= 1; yields the next token of every sequence, [B], max_new_tokens times.
+
+        temperature 0 takes the most likely token. top_k keeps the k most likely tokens, top_p the
+        fewest that make up that probability. When the text is longer than the training context
+        (block_size), the newest half of the context is kept and the rest forgotten.
+        """
+        window = self.config.block_size
+        cache = KVCache(self.config, len(idx), window, idx.device, self.head.weight.dtype)
+        fresh = idx[:, -window:]
+        for _ in range(max_new_tokens):
+            if cache.length + fresh.shape[1] > window:
+                cache.length, fresh = 0, idx[:, -max(window // 2, 1):]
+            logits = self(fresh, cache=cache).logits[:, -1].float()              # [B, vocab_size]
+            fresh = sample_token(logits, temperature, top_k, top_p, generator)   # [B, 1]
+            idx = torch.cat((idx, fresh), dim=1)[:, -window:]
+            yield fresh.squeeze(1)
+
+
+def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
+    """One token for each row of logits [B, vocab_size] -> [B, 1]"""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)      # [B, vocab_size] both
+    if top_k is not None:
+        p[:, top_k:] = 0
+    if top_p is not None:
+        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
+    return token.gather(-1, p.multinomial(1, generator=generator))

@@ -1,0 +1,630 @@
+"""Train a model of moeut.py on text. `python train.py` needs no argument and no network.
+
+    python train.py                                  the Python standard library, on whatever device is there
+    python train.py --data=book.txt                  your text: files, folders, patterns
+    python train.py --resume                         go on where a run stopped
+    python train.py --preset=moeut-44M --n_layer=8   another model
+    torchrun --nproc_per_node=4 train.py             data parallel
+
+From top to bottom: the options; the tokenizer; text to tokens; checkpoints; the training loop.
+"""
+
+import argparse
+import base64
+import codecs
+import contextlib
+import glob
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import sysconfig
+import time
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import tiktoken.load
+import torch
+import torch.distributed as dist
+
+import cvmm
+from moeut import MoEUT, MoEUTConfig, Router, preset
+
+# ---------------------------------------------------------------------------------------------------
+# Options: one dataclass is the command line
+
+
+def option(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Options:
+    data: list[str] = option([], "text files, folders or patterns; none: the Python standard library")
+    tokenizer: str = option("bytes", "bytes, a name known to tiktoken such as gpt2, or a .tiktoken file")
+    out: str = option("out", "folder for the checkpoint and the tokenized text")
+    resume: bool = option(False, "go on from the checkpoint in --out, with the options it was started with")
+    preset: str = option("tiny", "model to start from (see PRESETS in moeut.py)")
+    steps: int = option(1000, "optimizer steps")
+    tokens_per_step: int = option(4096, "tokens for one optimizer step, over all processes")
+    batch_size: int = option(16, "sequences at a time; the rest of a step is accumulated")
+    lr: float = option(4e-3, "peak learning rate; the paper's models: 2.5e-4")
+    warmup: int = option(50, "steps of linear warmup; then a cosine to a tenth of the peak")
+    weight_decay: float = option(0.1, "of AdamW, on all parameters; the paper: 0.01")
+    beta2: float = option(0.99, "of AdamW; the paper: 0.999")
+    grad_clip: float = option(1.0, "largest gradient norm; the paper: 0.25")
+    seed: int = option(0, "of the initialisation and of the order of the batches")
+    eval_interval: int = option(250, "steps between evaluations, each with a checkpoint and a sample")
+    eval_tokens: int = option(32768, "validation tokens of one evaluation; the last one takes 8 times as many")
+    log_interval: int = option(25, "steps between log lines")
+    sample_tokens: int = option(160, "length of the samples printed during training")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = option("auto", "precision of the matmuls: auto, float32, bfloat16, float16")
+    compile: str = option("auto", "torch.compile: auto (on CUDA), yes, no")
+    recompute: bool = option(False, "activation checkpointing: less memory, a third more time")
+
+
+def write_aside(path: Path, write):
+    """Call write(other path), then rename to path: a crash never leaves half a file."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one sentence, without the page of usage
+        self.exit(2, f"{self.prog}: {message}; --help lists all options.\n")
+
+
+def parse_options(cls, doc: str, extra=None, argv=None) -> dict:
+    """The options given on the command line, and only those, by name.
+
+    cls is a dataclass whose fields carry a help text; extra is one whose fields may be given as well.
+    """
+    parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group("model", "change a field of the preset; MoEUTConfig in moeut.py explains them")
+    for owner, target in ((cls, parser), (extra, model)):
+        for f in fields(owner) if owner else ():
+            default = f.default if f.default is not MISSING else f.default_factory()
+            text = f.metadata.get("help")
+            kind = dict(type=type(default), metavar=type(default).__name__.upper())
+            if isinstance(default, bool):
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif isinstance(default, list):
+                kind = dict(nargs="+", metavar="PATH")
+            elif text and default != "":
+                text += f" (default {default})"
+            names = {f"--{f.name}", f"--{f.name.replace('_', '-')}"}
+            target.add_argument(*sorted(names), dest=f.name, default=argparse.SUPPRESS, help=text, **kind)
+    return vars(parser.parse_args(argv))
+
+
+def check(options: Options):
+    """Refuse numbers that make no sense, in one sentence."""
+    for name in ("steps", "tokens_per_step", "batch_size", "eval_interval", "eval_tokens", "log_interval"):
+        if getattr(options, name) < 1:
+            sys.exit(f"--{name} is {getattr(options, name)}: it must be at least 1.")
+    for name in ("lr", "grad_clip"):
+        if not getattr(options, name) > 0:
+            sys.exit(f"--{name} is {getattr(options, name)}: it must be above 0.")
+    for name, choices in {"dtype": ("auto", "float32", "bfloat16", "float16"), "compile": ("auto", "yes", "no")}.items():
+        if getattr(options, name) not in choices:
+            sys.exit(f"--{name} is {getattr(options, name)!r}: choose one of {', '.join(choices)}.")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Device
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except Exception:
+        sys.exit(f"There is no device {name!r} on this machine: --device=cpu always works.")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What the device is fast in: bfloat16 on newer GPUs, float16 on older ones and on Apple's. CPUs
+    without matrix units multiply bfloat16 at half the speed of float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float16 if device.type == "mps" else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tokenizer: a tiktoken.Encoding, described by plain data so that a checkpoint can hold it
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(name: str) -> dict:
+    """What defines the tokenizer of that name: pat_str, mergeable_ranks, special_tokens."""
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return dict(name=name, pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
+    if name.endswith(".tiktoken"):
+        try:
+            lines = Path(name).read_bytes().splitlines()
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(bytes.split, filter(None, lines))}
+        except OSError as e:
+            sys.exit(f"The tokenizer {name} cannot be read: {e.strerror}.")
+        except ValueError:
+            ranks = {}
+        if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
+            sys.exit(f"{name} is not a .tiktoken file: each line must hold a token in base64 and its rank.")
+        words = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+        return dict(name=name, pat_str=words, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    if name not in tiktoken.list_encoding_names():
+        sys.exit(f"There is no tokenizer {name!r}: give bytes, a .tiktoken file, or one of {', '.join(tiktoken.list_encoding_names())}.")
+    try:
+        e = tiktoken.get_encoding(name)
+    except Exception:
+        sys.exit(f"The tokenizer {name} could not be downloaded: without a network use --tokenizer=bytes or a .tiktoken file.")
+    return dict(name=name, pat_str=e._pat_str, mergeable_ranks=e._mergeable_ranks, special_tokens=e._special_tokens)
+
+
+class Tokenizer:
+    """encode and decode, and the token `end` that closes a document."""
+
+    def __init__(self, spec: dict):
+        self.spec = spec
+        self.encoding = tiktoken.Encoding(**spec)
+        self.n_vocab = self.encoding.n_vocab
+        self.end = spec["special_tokens"][END_OF_TEXT]
+        self.unknown = {bytes([i]) for i in range(256)} - spec["mergeable_ranks"].keys()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids as uint32; special tokens in the text are text. Raises ValueError for a character
+        that the tokenizer has no tokens for."""
+        if self.unknown or not text.isascii():
+            for character in sorted(set(text)):
+                try:
+                    known = not any(bytes([b]) in self.unknown for b in character.encode())
+                except UnicodeEncodeError:
+                    known = False
+                if not known:
+                    raise ValueError(f"The tokenizer {self.spec['name']} cannot encode the character {character!r}.")
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def stream(self, tokens):
+        """Text of the tokens as they come, in whole characters; stops after the end-of-text token."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in tokens:
+            if token == self.end:
+                break
+            yield decoder.decode(self.encoding.decode_single_token_bytes(token))
+        yield decoder.decode(b"", final=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Text to tokens: written once to memory-mapped files, found again by a fingerprint of text and tokenizer
+
+VALIDATION = 0.1  # of the text
+
+
+def find_files(patterns: list[str]) -> list[Path]:
+    """The text files that --data names, sorted."""
+    if not patterns:  # the standard library: real code and prose, on every machine
+        root = Path(sysconfig.get_path("stdlib"))
+        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+    files = set()
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found = [p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        else:
+            found = [path] if path.is_file() else [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
+        if not found:
+            sys.exit(f"--data: there is no text at {pattern!r}: give a file, a folder with files, or a pattern.")
+        files.update(found)
+    return sorted(files)
+
+
+def blocks(path: Path, start: int, stop: int, size: int = 1 << 20):
+    """The text of bytes start..stop-1 in blocks of about `size` bytes that end with a line."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        rest = b""
+        while start < stop:
+            data = file.read(min(size, stop - start))
+            if not data:
+                break
+            start += len(data)
+            rest += data
+            cut = rest.rfind(b"\n") + 1 if start < stop else len(rest)
+            if cut:
+                yield rest[:cut].decode()
+                rest = rest[cut:]
+
+
+def split_point(path: Path, size: int) -> int:
+    """Where the last tenth of a single file begins: never inside a character."""
+    point = int(size * (1 - VALIDATION))
+    with open(path, "rb") as file:
+        file.seek(point)
+        ahead = file.read(4)
+    return point + next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)
+
+
+@dataclass
+class Corpus:
+    n_files: int
+    train: np.ndarray  # token ids, memory-mapped
+    val: np.ndarray
+    bytes_per_token: dict[str, float]  # of train and of val
+
+
+def tokenize(patterns: list[str], tokenizer: Tokenizer, folder: Path, block_size: int) -> Corpus:
+    """The tokens of the text, from the cache in `folder` if text and tokenizer are the same as then.
+
+    A document is a file; every document ends with an end-of-text token. One document in ten, chosen
+    by a hash of its first bytes, is for validation; of a single file, the last tenth is.
+    """
+    files = find_files(patterns)
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    spec = tokenizer.spec
+    ranks = b"".join(k + b"%d" % v for k, v in sorted(spec["mergeable_ranks"].items()))
+    key = json.dumps([2, stats, spec["pat_str"], spec["special_tokens"], VALIDATION]).encode() + ranks
+    name = hashlib.sha256(key).hexdigest()[:16]
+    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
+    done = folder / f"{name}.json"
+
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        total, read, skipped, shown = sum(size for _, size, _ in stats), 0, 0, time.time()
+        count = {"train": [0, 0], "val": [0, 0]}  # tokens, bytes
+        paths = {split: folder / f"{name}.{split}" for split in count}
+        with open(f"{paths['train']}.part", "wb") as train, open(f"{paths['val']}.part", "wb") as val:
+            for path, (_, size, _) in zip(files, stats):
+                if len(files) == 1:
+                    point = split_point(path, size)
+                    parts = [("train", 0, point), ("val", point, size)]
+                else:
+                    with open(path, "rb") as file:
+                        chosen = hashlib.sha256(file.read(4096)).digest()[0] < 256 * VALIDATION
+                    parts = [("val" if chosen else "train", 0, size)]
+                for split, start, stop in parts:
+                    out = train if split == "train" else val
+                    try:
+                        for text in blocks(path, start, stop):
+                            ids = tokenizer.encode(text).astype(dtype)
+                            out.write(ids)
+                            n_bytes = len(text.encode())
+                            count[split][0] += len(ids)
+                            count[split][1] += n_bytes
+                            read += n_bytes
+                            if time.time() - shown > 2:
+                                shown = time.time()
+                                print(f"tokenizing: {read / 1e6:.0f} of {total / 1e6:.0f} MB", flush=True)
+                        if stop == size:
+                            out.write(np.array([tokenizer.end], dtype))
+                            count[split][0] += 1
+                    except UnicodeDecodeError:
+                        if len(files) == 1:
+                            sys.exit(f"{path} is not UTF-8 text: convert it first.")
+                        skipped += 1
+                    except ValueError as e:
+                        sys.exit(str(e))
+        if skipped:
+            print(f"skipped {skipped} files that are not UTF-8 text")
+        for path in paths.values():
+            os.replace(f"{path}.part", path)
+        write_aside(done, lambda part: part.write_text(json.dumps(count)))
+
+    count = json.loads(done.read_text())
+    for split, (n_tokens, _) in count.items():
+        if n_tokens < block_size + 1:
+            which = "training" if split == "train" else "validation"
+            sys.exit(
+                f"The {which} part of the text has {n_tokens} tokens, fewer than the {block_size + 1} of one "
+                "sequence: give more text or a smaller --block_size.")
+    return Corpus(
+        len(files), *(np.memmap(folder / f"{name}.{split}", dtype, mode="r") for split in count),
+        bytes_per_token={split: n_bytes / n_tokens for split, (n_tokens, n_bytes) in count.items()})
+
+
+def to_device(rows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets [B, T], one token apart, of rows [B, T + 1]."""
+    batch = torch.from_numpy(rows.astype(np.int64))
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+    batch = batch.to(device, non_blocking=True)
+    return batch[:, :-1], batch[:, 1:]
+
+
+def windows(data: np.ndarray, block_size: int, numbers, seed: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets [B, T] of the training windows of these numbers.
+
+    The text is cut into windows at an offset that changes every epoch. The windows of an epoch come
+    in the order of steps of about 0.618 of its length, which visits each once and leaves no state
+    behind: a resumed run sees what an uninterrupted one would.
+    """
+    n = (len(data) - block_size - 1) // block_size or 1
+    stride = next(s for s in range(max(int(0.618 * n), 1), 2 * n + 1) if math.gcd(s, n) == 1)
+    rows = []
+    for number in numbers:
+        epoch, i = divmod(number, n)
+        offset, first = np.random.default_rng((seed, epoch)).integers((min(block_size, len(data) - n * block_size), n))
+        start = int(offset) + block_size * ((i * stride + int(first)) % n)
+        rows.append(data[start:start + block_size + 1])
+    return to_device(np.stack(rows), device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(folder: Path, model, optimizer, scaler, step: int, options: Options, tokenizer: Tokenizer):
+    """Everything that sampling and --resume need, in one file of plain data and tensors."""
+    checkpoint = dict(
+        format="moeut", step=step, options=asdict(options), config=asdict(model.config), tokenizer=tokenizer.spec,
+        model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_aside(folder / "checkpoint.pt", lambda part: torch.save(checkpoint, part))
+
+
+def load_checkpoint(folder: Path) -> dict:
+    path = folder / "checkpoint.pt" if folder.is_dir() else folder
+    if not path.exists():
+        sys.exit(f"There is no checkpoint at {path}: `python train.py` makes one, --out says where.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert checkpoint["format"] == "moeut"
+    except Exception:
+        sys.exit(f"{path} is not a checkpoint of this train.py.")
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(step: int, options: Options) -> float:
+    """Linear warmup to the peak, then a cosine to a tenth of it."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    progress = (step - options.warmup) / max(options.steps - options.warmup, 1)
+    return options.lr * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1)))
+
+
+@torch.no_grad()
+def evaluate(model: MoEUT, data: np.ndarray, n_tokens: int, batch_size: int, autocast) -> tuple[float, float | None]:
+    """Mean loss in nats per token on windows spread evenly over `data`, always the same ones, and the
+    share of all experts that were chosen at least once (None without experts)."""
+    T, device = model.config.block_size, next(model.parameters()).device
+    count = max(min(n_tokens, len(data) - 1) // T, 1)
+    starts = np.linspace(0, len(data) - T - 1, count).astype(np.int64)
+
+    chosen = {}
+
+    def note(router, _, logits):
+        experts = logits.flatten(0, 1) if router.groups == 1 else logits.unflatten(-1, (router.groups, -1)).flatten(0, 1)
+        mask = torch.zeros_like(experts, dtype=torch.bool).scatter_(-1, experts.topk(router.top_k).indices, True)
+        chosen[router] = chosen.get(router, 0) | mask.any(0)
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, Router)]
+    model.eval()
+    total = 0.0
+    for i in range(0, count, batch_size):
+        batch = starts[i:i + batch_size]
+        x, y = to_device(np.stack([data[s:s + T + 1] for s in batch]), device)
+        with autocast():
+            total += model(x, y).loss.item() * len(batch)
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    used = torch.cat([c.flatten() for c in chosen.values()]).float().mean().item() if chosen else None
+    return total / count, used
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory held so far: on the GPU, or by this process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB on the GPU"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "not known here"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:,.0f} MiB, the whole process"
+
+
+# Dense bfloat16 / float16 TFLOP/s from the vendors' data sheets, by a part of the device's name
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71, "L4": 121, "T4": 65}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+
+
+def keep_freed_memory():
+    """Let malloc keep what is freed. By default glibc returns large arrays to the kernel, which hands
+    them back page by page, zeroed: a quarter of the time of a training step on a CPU."""
+    if sys.platform == "linux":
+        import ctypes
+
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:  # musl has none
+            trim_threshold, top_pad, mmap_max = -1, -2, -4
+            for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
+                mallopt(parameter, value)
+
+
+def train(options: Options, model_changes: dict, checkpoint: dict | None):
+    check(options)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" in os.environ:  # started by torchrun
+        dist.init_process_group("nccl" if torch.cuda.is_available() and options.device != "cpu" else "gloo")
+        if torch.cuda.is_available() and options.device == "auto":
+            options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    master = rank == 0
+    say = print if master else lambda *_, **__: None
+    device = pick_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    dtype = pick_dtype(options.dtype, device)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    compiled = options.compile == "yes" or options.compile == "auto" and device.type == "cuda"
+    torch.set_float32_matmul_precision("high")  # TF32 where there is nothing better
+
+    # Data and model.
+    if checkpoint:
+        tokenizer, config = Tokenizer(checkpoint["tokenizer"]), MoEUTConfig(**checkpoint["config"])
+    else:
+        tokenizer = Tokenizer(load_tokenizer(options.tokenizer))
+        try:
+            config = preset(options.preset, **{"vocab_size": tokenizer.n_vocab, **model_changes})
+        except ValueError as e:
+            sys.exit(f"{e}")
+        if config.vocab_size < tokenizer.n_vocab:
+            sys.exit(f"--vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.n_vocab} tokens.")
+    T, out = config.block_size, Path(options.out)
+    if master:
+        corpus = tokenize(options.data, tokenizer, out / "tokens", T)
+    if world > 1:
+        dist.barrier()
+    if not master:
+        corpus = tokenize(options.data, tokenizer, out / "tokens", T)
+    sequences, rest = divmod(options.tokens_per_step, T * world)
+    batch_size = min(options.batch_size, sequences)
+    if rest or not sequences or sequences % batch_size:
+        sys.exit(
+            f"--tokens_per_step is {options.tokens_per_step}: it must be a multiple of block_size x batch_size x "
+            f"processes = {T} x {options.batch_size} x {world} = {T * options.batch_size * world}.")
+    accumulate = sequences // batch_size
+
+    torch.manual_seed(options.seed)
+    model = MoEUT(config).to(device)
+    model.recompute = options.recompute
+    optimizer = torch.optim.AdamW(
+        model.parameters(), options.lr, (0.9, options.beta2), weight_decay=options.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    first_step = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        first_step = checkpoint["step"]
+        checkpoint = None
+        if first_step >= options.steps:
+            sys.exit(f"The run in {out} has done its {first_step} steps: --steps=N with a larger N goes on.")
+    run = torch.compile(model) if compiled else model
+    if world > 1:
+        run = torch.nn.parallel.DistributedDataParallel(run)
+
+    flops, peak = config.estimate_flops(), peak_flops(device, dtype)
+    size = lambda path: f"{len(path) / 1e6:.1f}M"
+    say(f"text: {corpus.n_files} file{'s' * (corpus.n_files > 1)}, {size(corpus.train)} training and "
+        f"{size(corpus.val)} validation tokens ({tokenizer.spec['name']})")
+    say(f"model: {options.preset}, {model.n_params():,} parameters, {config.macs_per_token():,} MACs per token")
+    say(f"device: {device}, {str(dtype)[6:]}, {'compiled' if compiled else 'not compiled'}, experts by "
+        f"{cvmm.backend(device)}" + (f", {world} processes" if world > 1 else ""))
+    say("options: " + " ".join(f"--{k}={v}" for k, v in asdict(options).items() if v != getattr(Options(), k)))
+
+    # Ctrl-C ends the loop after the step it is in; a second one ends the program.
+    stop = []
+
+    def interrupted(*_):
+        stop.append(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, interrupted)
+
+    bits = {split: 1 / math.log(2) / per_token for split, per_token in corpus.bytes_per_token.items()}
+    model.train()
+    started, logged, step = time.time(), (time.time(), first_step), first_step
+    while step < options.steps and not stop:
+        lr = learning_rate(step, options)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(options.seed + step)  # of dropout, so that a resumed run goes on alike
+        loss_sum = reg_sum = 0
+        for micro in range(accumulate):
+            number = ((step * accumulate + micro) * world + rank) * batch_size
+            x, y = windows(corpus.train, T, range(number, number + batch_size), options.seed, device)
+            last = micro == accumulate - 1
+            with contextlib.nullcontext() if last or world == 1 else run.no_sync():
+                with autocast():
+                    _, loss, reg = run(x, y)
+                scaler.scale((loss + reg) / accumulate).backward()
+            loss_sum, reg_sum = loss_sum + loss.detach() / accumulate, reg_sum + reg.detach() / accumulate
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        done = step == options.steps
+        if step == first_step + 1:
+            say(f"peak memory of a step: {peak_memory(device)}")
+        if step % options.log_interval == 0 or step == first_step + 1 or done:
+            loss, now = loss_sum.item(), time.time()  # .item() waits for the device
+            rate = (step - logged[1]) / (now - logged[0])
+            eta = (options.steps - step) * (now - started) / (step - first_step)
+            line = (
+                f"step {step}/{options.steps}: loss {loss:.3f}, {loss * bits['train']:.3f} bits/byte, "
+                f"reg {reg_sum.item():.3f}, lr {lr:.1e}, grad {norm.item():.2f}, "
+                f"{rate * options.tokens_per_step:,.0f} tokens/s, {eta // 60:.0f}m{eta % 60:02.0f}s to go")
+            if peak:
+                line += f", {rate * options.tokens_per_step * flops / peak / world:.1%} MFU"
+            say(line, flush=True)
+            logged = now, step
+        if step % options.eval_interval == 0 or done or stop:
+            if master:
+                save_checkpoint(out, model, optimizer, scaler, step, options, tokenizer)
+            if stop:
+                break
+            if master:
+                loss, used = evaluate(model, corpus.val, options.eval_tokens * (8 if done else 1), batch_size, autocast)
+                line = f"step {step}/{options.steps}: validation loss {loss:.4f}, {loss * bits['val']:.4f} bits/byte"
+                say(line + (f", {used:.0%} of the experts in use" if used is not None else ""))
+                generator = torch.Generator(device).manual_seed(options.seed)
+                prompt = torch.tensor([[tokenizer.end]], device=device)
+                model.eval()
+                tokens = (t.item() for t in model.generate(prompt, options.sample_tokens, 0.8, generator=generator))
+                say("".join(["-" * 60, "\n", *tokenizer.stream(tokens), "\n", "-" * 60]), flush=True)
+                model.train()
+            if world > 1:
+                dist.barrier()
+            logged = time.time(), step
+    if world > 1:
+        dist.destroy_process_group()
+    if stop:
+        sys.exit(f"Stopped after step {step}, saved in {out}: `python train.py --resume --out={out}` goes on.")
+    say(f"done in {time.time() - started:.0f} s, saved in {out}; now `python sample.py --out={out}`")
+
+
+def main():
+    given = parse_options(Options, __doc__, MoEUTConfig)
+    names = {f.name for f in fields(Options)}
+    chosen = {k: v for k, v in given.items() if k in names}
+    model_changes = {k: v for k, v in given.items() if k not in names}
+    checkpoint = None
+    if chosen.get("resume"):
+        fixed = [f"--{k}" for k in (*model_changes, "preset", "tokenizer") if k in given]
+        if fixed:
+            sys.exit(f"{fixed[0]} cannot be changed by --resume: it belongs to the checkpoint.")
+        checkpoint = load_checkpoint(Path(chosen.get("out", Options.out)))
+        chosen = {**checkpoint["options"], **chosen}
+    try:
+        train(Options(**chosen), model_changes, checkpoint)
+    except KeyboardInterrupt:
+        sys.exit("Stopped before the first step.")
+
+
+if __name__ == "__main__":
+    main()
