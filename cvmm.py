@@ -37,7 +37,8 @@ Letters: N tokens, K chosen experts (top_k), E experts, C width, F expert size, 
 I inputs and O outputs.
 """
 
-import functools
+from __future__ import annotations
+
 import os
 from typing import NamedTuple
 
@@ -45,6 +46,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Triton takes 0.2 s to import and has no wheels for macOS and Windows: only who needs it loads it.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on CPU tensors, in Python
+triton = None
+if torch.cuda.is_available() or INTERPRETED or __name__ == "__main__":
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        pass
 
 # ---------------------------------------------------------------------------------------------------
 # The definition
@@ -224,23 +235,313 @@ def torch_ffn_backward(dout, x, h, w_up, w_down, gate, r: Routing):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The custom ops: opaque to torch.compile, which sees their shapes only
+# The Triton path
+#
+# Two kernels. The first multiplies rows by the matrix of their expert; its rows are cut into tiles of
+# at most BM rows that never span two experts, listed in `table` (-1 for the surplus, so that the grid
+# has a fixed size and the host need not wait for the counts):
+#
+#     for each tile (expert, first row), for each block of BN columns:        one program
+#         for each block of BK inputs:
+#             acc += x[slot[rows] // fan_in, inputs] @ w[expert, inputs, columns]
+#         out[slot[rows], columns] = acc                                      the caller sums the slots
+#
+# Its epilogue knows the two elementwise steps of the feedforward, while acc is still in registers:
+#
+#     "up"              h = gate * relu(acc)                           acc = x w_up
+#     "down backward"   dz = gate * acc if h != 0 else 0, dot = <acc, h>   acc = dout w_down^T
+#
+# Nothing is added with atomics: every number is written once, in a fixed order of summation, and two
+# runs give the same bits.
+
+
+def jit(function):
+    return triton.jit(function, do_not_specialize=["fan_in", "fan_out", "n_slots", "n_expert"]) if triton else function
+
+
+@jit
+def rows_kernel(
+    # tensors
+    x, w, out, gate, h, dot, slot, offsets, table,
+    # sizes: slots, inputs, outputs
+    n_slots, n_in, n_out,
+    # slots that share a row of x
+    fan_in,
+    # strides
+    stride_x, stride_we, stride_wi, stride_wo, stride_out,
+    # x is read in slot order (else row by row); out is written in slot order
+    GATHER: tl.constexpr, SCATTER: tl.constexpr, EPILOGUE: tl.constexpr,
+    # block sizes, number format
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(n_out, BN)
+    tile = tl.program_id(0) // n_blocks  # neighbours share rows of x, which stay in L2
+    expert = tl.load(table + 2 * tile).to(tl.int64)
+    if expert < 0:
+        return
+    first = tl.load(table + 2 * tile + 1)
+    end = tl.load(offsets + expert + 1)
+    rows = first + tl.arange(0, BM)
+    real = rows < end
+    rows = tl.minimum(rows, end - 1)  # surplus rows repeat the last one and are not stored
+    s = tl.load(slot + rows)
+    source = s // fan_in if GATHER else rows
+    block = tl.program_id(0) % n_blocks
+    cols = block * BN + tl.arange(0, BN)
+    inputs = tl.arange(0, BK)
+
+    x_block = x + source.to(tl.int64)[:, None] * stride_x + inputs[None, :]                      # [BM, BK]
+    w_block = w + expert * stride_we + inputs[:, None] * stride_wi + cols[None, :] * stride_wo   # [BK, BN]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for i in range(0, n_in, BK):
+        a = tl.load(x_block, mask=inputs[None, :] < n_in - i, other=0.0)
+        b = tl.load(w_block, mask=(inputs[:, None] < n_in - i) & (cols[None, :] < n_out), other=0.0)
+        if UPCAST:  # the interpreter multiplies bfloat16 wrongly
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        x_block += BK
+        w_block += BK * stride_wi
+
+    store = real[:, None] & (cols[None, :] < n_out)
+    target = (s if SCATTER else rows).to(tl.int64)[:, None] * stride_out + cols[None, :]
+    if EPILOGUE == "up":
+        acc = tl.maximum(acc, 0.0) * tl.load(gate + s)[:, None]
+    if EPILOGUE == "down backward":
+        hidden = tl.load(h + rows.to(tl.int64)[:, None] * n_out + cols[None, :], mask=store, other=0.0).to(tl.float32)
+        tl.store(dot + block.to(tl.int64) * n_slots + s, tl.sum(acc * hidden, 1), mask=real)
+        acc = tl.where(hidden != 0.0, acc * tl.load(gate + s)[:, None], 0.0)
+    tl.store(out + target, acc.to(out.dtype.element_ty), mask=store)
+
+
+# The second kernel makes the gradient of the weights. One program owns one block of one expert's
+# matrix, goes over that expert's rows and stores once, in float32:
+#
+#     for each expert (the heaviest first), each block of BM inputs x BN outputs:      one program
+#         for each block of BK rows:
+#             acc += x[slot[rows] // fan_in, inputs]^T @ dout[slot[rows] // fan_out, outputs]
+#         dw[expert, inputs, outputs] = acc                                 zeros for an empty expert
+#
+# Where that makes too few programs to fill a GPU, the rows of an expert are split into equal parts.
+# The slots of the next block are loaded one round ahead, or they would stall the loads they address.
+
+
+@jit
+def dw_kernel(
+    # tensors
+    x, dout, dw, slot, offsets, heaviest,
+    # sizes: experts, inputs, outputs
+    n_expert, n_in, n_out,
+    # slots that share a row of x, of dout
+    fan_in, fan_out,
+    # strides
+    stride_x, stride_dout,
+    # x, dout are read in slot order (else row by row); parts of an expert
+    GATHER_X: tl.constexpr, GATHER_DOUT: tl.constexpr, PARTS: tl.constexpr,
+    # block sizes, number format
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    blocks_o = tl.cdiv(n_out, BN)
+    blocks = tl.cdiv(n_in, BM) * blocks_o
+    block = tl.program_id(0) % blocks
+    expert = tl.load(heaviest + tl.program_id(0) // blocks // PARTS)
+    part = tl.program_id(0) // blocks % PARTS
+    begin, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    length = tl.cdiv(tl.cdiv(end - begin, PARTS), BK) * BK
+    begin += part * length
+    end = tl.minimum(end, begin + length)
+
+    inputs = block // blocks_o * BM + tl.arange(0, BM)
+    outputs = block % blocks_o * BN + tl.arange(0, BN)
+    rows = begin + tl.arange(0, BK)
+    s = tl.load(slot + rows, mask=rows < end, other=0)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for _ in range(begin, end, BK):
+        real = (rows < end)[:, None]
+        source = (s // fan_in if GATHER_X else rows).to(tl.int64)[:, None]
+        target = (s // fan_out if GATHER_DOUT else rows).to(tl.int64)[:, None]
+        a = tl.load(x + source * stride_x + inputs[None, :], mask=real & (inputs[None, :] < n_in), other=0.0)
+        b = tl.load(dout + target * stride_dout + outputs[None, :], mask=real & (outputs[None, :] < n_out), other=0.0)
+        rows += BK
+        s = tl.load(slot + rows, mask=rows < end, other=0)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+
+    matrix = (part * n_expert + expert).to(tl.int64) * n_in * n_out
+    inside = (inputs[:, None] < n_in) & (outputs[None, :] < n_out)
+    tl.store(dw + matrix + inputs[:, None] * n_out + outputs[None, :], acc, mask=inside)
+
+
+# The launchers. All go through `launch`, where the bench and the tests listen.
+
+SLOT_BYTES = 2**31  # at most this much for the rows of all slots, [M, C], before their sum; a smaller
+#                     number computes fewer columns at a time and reads the slots' inputs more often
+listeners = []  # called with every launch: name, tensors, and what `launch` got
+
+
+def launch(kernel, programs: int, tensors: dict, **rest):
+    for listen in listeners:
+        listen(kernel, programs, tensors, rest)
+    if not tensors["x"].is_meta:  # sizes without data, for the report
+        kernel[(programs,)](**tensors, **rest)
+
+
+def slot_sum(y: Tensor, fan_out: int, out: Tensor) -> None:
+    """out [M / fan_out, O] = sums of fan_out rows of y [M, O], in float32"""
+    for listen in listeners:
+        listen(None, 0, dict(y=y, out=out), {})
+    torch.sum(y.view(-1, fan_out, y.shape[1]), 1, out=out)
+
+
+def block_rows(m: int, n_expert: int) -> int:
+    """Rows of a tile: about the rows of an expert, from 16 to 128. Known without a look at the counts."""
+    return min(max(triton.next_power_of_2(m // n_expert), 16), 128)
+
+
+def number_format(x: Tensor) -> dict:
+    """float32 follows torch's own switch for TF32."""
+    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not INTERPRETED
+    return dict(PRECISION="tf32" if tf32 else "ieee", UPCAST=INTERPRETED and x.dtype == torch.bfloat16)
+
+
+def schedule(x: Tensor) -> dict:
+    """Found without spills on sm_80 and sm_90 by `python cvmm.py --report`."""
+    wide = x.element_size() <= 2
+    return dict(BN=128 if wide else 64, BK=64 if wide else 32, num_warps=8 if wide else 4, num_stages=3)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Rows that are no multiple of 16 elements are padded: others cannot be copied asynchronously."""
+    return F.pad(x, (0, -x.shape[-1] % 16)) if x.shape[-1] % 16 else x
+
+
+def aligned_weight(w: Tensor) -> Tensor:
+    pad_i, pad_o = -w.shape[1] % 16, -w.shape[2] % 16
+    if w.stride(1) == 1:  # a transposed view stays one
+        return F.pad(w.mT, (0, pad_i, 0, pad_o)).mT if pad_i or pad_o else w
+    return F.pad(w, (0, pad_o, 0, pad_i)) if pad_i or pad_o else w
+
+
+def triton_sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """slot, row, offsets, and the tiles: [n, 2] of expert and first row."""
+    ids, slot = expert.to(torch.int16).sort(stable=True)
+    edges = torch.arange(n_expert + 1, device=ids.device, dtype=ids.dtype)
+    offsets = torch.searchsorted(ids, edges)                                     # [E + 1]
+    row = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(slot), device=slot.device))
+    bm = block_rows(len(slot), n_expert)
+    tiles = (offsets.diff() + bm - 1) // bm                                      # [E] tiles of each expert
+    ends = tiles.cumsum(0)
+    tile = torch.arange(triton.cdiv(len(slot), bm) + n_expert, device=slot.device)
+    owner = torch.searchsorted(ends, tile, right=True)                           # E for the surplus
+    e = owner.clamp(max=n_expert - 1)
+    first = offsets[e] + (tile - ends[e] + tiles[e]) * bm
+    table = torch.stack((torch.where(owner < n_expert, e, -1), first), dim=1)
+    return tuple(t.int() for t in (slot, row, offsets, table))
+
+
+def launch_rows(x, w, out, r: Routing, fan_in, gather, scatter, epilogue="none", gate=None, h=None, dot=None):
+    """out = rows of x times the matrices of their experts; see rows_kernel."""
+    m, e = len(r.expert), len(r.offsets) - 1
+    options = schedule(x)
+    launch(
+        rows_kernel, len(r.table) * triton.cdiv(out.shape[1], options["BN"]),
+        dict(x=x, w=w, out=out, gate=gate, h=h, dot=dot, slot=r.slot, offsets=r.offsets, table=r.table),
+        n_slots=m, n_in=x.shape[1], n_out=out.shape[1], fan_in=fan_in, stride_x=x.stride(0), stride_we=w.stride(0),
+        stride_wi=w.stride(1), stride_wo=w.stride(2), stride_out=out.stride(0), GATHER=gather, SCATTER=scatter,
+        EPILOGUE=epilogue, BM=block_rows(m, e), **number_format(x), **options)
+
+
+def triton_matmul(x, w, r: Routing, fan_in, fan_out, gather=True):
+    """gather: x is in slot order [M / fan_in, I]; else its rows are those of the routing, [R, I]."""
+    n_out = w.shape[2]
+    x, w = aligned(x), aligned_weight(w)
+    m, o = len(r.expert), w.shape[2]
+    out = x.new_empty(m // fan_out, o)
+    chunk = o if fan_out == 1 else min(o, max(SLOT_BYTES // (m * x.element_size()) // 128 * 128, 128))
+    for c in range(0, o, chunk):
+        columns = slice(c, min(c + chunk, o))
+        y = out if fan_out == 1 else x.new_empty(m, columns.stop - c)            # [M, columns]
+        launch_rows(x, w[:, :, columns], y, r, fan_in, gather, True)
+        if fan_out > 1:
+            slot_sum(y, fan_out, out[:, columns])
+    return out[:, :n_out].contiguous()
+
+
+def triton_matmul_dw(x, dout, r: Routing, fan_in, fan_out, gather_x=True, gather_dout=True):
+    n_in, n_out, e = x.shape[1], dout.shape[1], len(r.offsets) - 1
+    x, dout = aligned(x), aligned(dout)
+    i, o = x.shape[1], dout.shape[1]
+    options = schedule(x)
+    bm = 128 if x.element_size() <= 2 else 64
+    programs = e * triton.cdiv(i, bm) * triton.cdiv(o, options["BN"])
+    parts = 1 if programs >= 256 else 4
+    dw = x.new_empty(parts, e, i, o, dtype=torch.float32)
+    launch(
+        dw_kernel, programs * parts,
+        dict(x=x, dout=dout, dw=dw, slot=r.slot, offsets=r.offsets,
+             heaviest=r.offsets.diff().argsort(descending=True).int()),
+        n_expert=e, n_in=i, n_out=o, fan_in=fan_in, fan_out=fan_out, stride_x=x.stride(0), stride_dout=dout.stride(0),
+        GATHER_X=gather_x, GATHER_DOUT=gather_dout, PARTS=parts, BM=bm, **number_format(x), **options)
+    dw = dw[0] if parts == 1 else dw.sum(0)
+    return dw[:, :n_in, :n_out].contiguous()
+
+
+def triton_ffn(x, w_up, w_down, gate, r: Routing):
+    n_tokens, top_k = gate.shape
+    f = w_up.shape[2]
+    x, w_up, gate = aligned(x), aligned_weight(w_up), gate.contiguous()
+    h = x.new_empty(len(r.slot), w_up.shape[2])                                  # [R, F]
+    launch_rows(x, w_up, h, r, top_k, True, False, "up", gate=gate)
+    return triton_matmul(h[:, :f], w_down, r, 1, top_k, gather=False), h[:, :f].contiguous()
+
+
+def triton_ffn_backward(dout, x, h, w_up, w_down, gate, r: Routing):
+    top_k, f, m = gate.shape[1], h.shape[1], len(r.expert)
+    hp, gate = aligned(h), gate.contiguous()
+    w = aligned_weight(w_down.mT)                                                # [E, C, F]
+    dz = torch.empty_like(hp)                                                    # [R, F]
+    dot = gate.new_empty(triton.cdiv(hp.shape[1], schedule(x)["BN"]), m)         # one for each block of columns
+    launch_rows(aligned(dout), w, dz, r, top_k, True, False, "down backward", gate=gate, h=hp, dot=dot)
+    dz = dz[:, :f].contiguous()
+    dw_down = triton_matmul_dw(h, dout, r, 1, top_k, gather_x=False)
+    dx = triton_matmul(dz, w_up.mT, r, 1, top_k, gather=False)
+    dw_up = triton_matmul_dw(x, dz, r, top_k, 1, gather_dout=False)
+    return dx, dw_up, dw_down, (dot[0] if len(dot) == 1 else dot.sum(0)).view_as(gate)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The backend: by the device of the tensors. Tests set `force` to compare the two.
+
+force = None  # "PyTorch" | "Triton"
 
 
 def backend(device: torch.device) -> str:
     """Which path tensors on that device take."""
-    return "PyTorch"
+    if force:
+        return force
+    return "Triton" if triton and device.type == "cuda" else "PyTorch"
+
+
+def path(x: Tensor, torch_function, triton_function):
+    return triton_function if backend(x.device) == "Triton" else torch_function
+
+
+# ---------------------------------------------------------------------------------------------------
+# The custom ops: opaque to torch.compile, which sees their shapes only
 
 
 @torch.library.custom_op("moeut::sort_slots", mutates_args=())
 def _sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch_sort_slots(expert, n_expert)
+    return path(expert, torch_sort_slots, triton_sort_slots)(expert, n_expert)
 
 
 @_sort_slots.register_fake
 def _(expert, n_expert):
-    new = lambda *shape: expert.new_empty(shape, dtype=torch.long)
-    return new(padded_rows(len(expert), n_expert)), new(len(expert)), new(n_expert + 1), new(n_expert, 4)
+    m, on_gpu = len(expert), backend(expert.device) == "Triton"
+    new = lambda *shape: expert.new_empty(shape, dtype=torch.int32 if on_gpu else torch.long)
+    if on_gpu:
+        return new(m), new(m), new(n_expert + 1), new(triton.cdiv(m, block_rows(m, n_expert)) + n_expert, 2)
+    return new(padded_rows(m, n_expert)), new(m), new(n_expert + 1), new(n_expert, 4)
 
 
 @torch.library.custom_op("moeut::matmul", mutates_args=())
@@ -249,7 +550,8 @@ def _matmul(
     fan_in: int, fan_out: int,
 ) -> Tensor:
     """x [M / fan_in, I], w [E, I, O] -> [M / fan_out, O]"""
-    return torch_matmul(x, w, Routing(expert, slot, row, offsets, table), fan_in, fan_out)
+    r = Routing(expert, slot, row, offsets, table)
+    return path(x, torch_matmul, triton_matmul)(x, w, r, fan_in, fan_out)
 
 
 @_matmul.register_fake
@@ -263,7 +565,8 @@ def _matmul_dw(
     fan_in: int, fan_out: int,
 ) -> Tensor:
     """x [M / fan_in, I], dout [M / fan_out, O] -> [E, I, O]"""
-    return torch_matmul_dw(x, dout, Routing(expert, slot, row, offsets, table), fan_in, fan_out)
+    r = Routing(expert, slot, row, offsets, table)
+    return path(x, torch_matmul_dw, triton_matmul_dw)(x, dout, r, fan_in, fan_out)
 
 
 @_matmul_dw.register_fake
@@ -277,7 +580,8 @@ def _ffn(
     offsets: Tensor, table: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """-> out [N, C], h = gate * relu(x @ w_up) [R, F], row by row"""
-    return torch_ffn(x, w_up, w_down, gate, Routing(expert, slot, row, offsets, table))
+    r = Routing(expert, slot, row, offsets, table)
+    return path(x, torch_ffn, triton_ffn)(x, w_up, w_down, gate, r)
 
 
 @_ffn.register_fake
@@ -291,7 +595,8 @@ def _ffn_backward(
     slot: Tensor, row: Tensor, offsets: Tensor, table: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dx [N, C], dw_up [E, C, F], dw_down [E, F, C], gate * dgate [N, K]"""
-    return torch_ffn_backward(dout, x, h, w_up, w_down, gate, Routing(expert, slot, row, offsets, table))
+    r = Routing(expert, slot, row, offsets, table)
+    return path(x, torch_ffn_backward, triton_ffn_backward)(dout, x, h, w_up, w_down, gate, r)
 
 
 @_ffn_backward.register_fake
@@ -458,3 +763,142 @@ def expert_outputs(a: Tensor, w: Tensor | Weight, gate: Tensor, expert: Tensor) 
         return a.flatten(1).to(w.low.dtype) @ w.param.to(w.low.dtype).flatten(0, 1)  # [N, C]
     a = (a.unsqueeze(2) * gate.unsqueeze(-1)).to(a.dtype)                            # [N, H, J, D]
     return cvmm(a.flatten(0, 2), w, route(_number(expert, n_expert), H * n_expert), 1, H * J)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The bench, `python cvmm.py`, and what the compiler makes of the kernels, `python cvmm.py --report`
+
+#           C     F    E   K  H    D   A  of the paper's models; J = 2
+SHAPES = {
+    "44M": (412, 128, 155, 12, 4, 82, 8),
+    "244M": (1024, 128, 387, 16, 4, 128, 10),
+    "1B": (1536, 128, 565, 24, 6, 128, 12),
+}
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+
+# Dense bfloat16 / float16 TFLOP/s and memory GB/s from the vendors' data sheets, by part of the name
+PEAKS = {
+    "H200": (989, 4800), "H100": (989, 3350), "A100": (312, 2039), "L40S": (362, 864), "RTX 4090": (165, 1008),
+    "RTX 3090": (71, 936), "L4": (121, 300), "T4": (65, 320),
+}  # fmt: skip
+
+
+def device_peak(device: torch.device) -> tuple[float, float] | None:
+    """FLOP/s in 16 bits and bytes/s of a known GPU."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, (tflops, gigabytes) in PEAKS.items():
+            if part in name:
+                return tflops * 1e12, gigabytes * 1e9
+
+
+def random_layer(C, F_, E, K, n_tokens, dtype, device, seed=0):
+    """x, w_up, w_down, gate, expert, dout of a feedforward with random routing"""
+    new = lambda *shape, std=1.0: torch.randn(shape, device=device).mul_(std).to(dtype)
+    if device != "meta":
+        torch.manual_seed(seed)
+    gate, expert = torch.rand(n_tokens, E, device=device).topk(K)
+    return new(n_tokens, C), new(E, C, F_, std=C**-0.5), new(E, F_, C, std=F_**-0.5), gate, expert, new(n_tokens, C)
+
+
+def real_launches(name: str, n_tokens: int, dtype: torch.dtype) -> list[tuple]:
+    """All Triton launches of one training step through one layer of that shape: kernel, programs, tensors,
+    the other arguments, and what it is for. Nothing runs: the tensors have sizes only."""
+    C, F_, E, K, H, D, A = SHAPES[name]
+    x, w_up, w_down, gate, expert, dout = random_layer(C, F_, E, K, n_tokens, dtype, "meta")
+    found, use = [], ""
+    listeners.append(lambda *launched: found.append((*launched, use)))
+    try:
+        r = Routing(expert.flatten(), *triton_sort_slots(expert.flatten(), E))
+        use = "ffn forward"
+        _, h = triton_ffn(x, w_up, w_down, gate, r)
+        use = "ffn backward"
+        triton_ffn_backward(dout, x, h, w_up, w_down, gate, r)
+        m, w = n_tokens * H * 2, x.new_empty(H * A, C, D)
+        choice = expert.new_empty(m)
+        r = Routing(choice, *triton_sort_slots(choice, H * A))
+        slots = x.new_empty(m, D)
+        use = "attention values forward"
+        triton_matmul(x, w, r, H * 2, 1)
+        use = "attention values backward"
+        triton_matmul(slots, w.mT, r, 1, H * 2)
+        triton_matmul_dw(x, slots, r, H * 2, 1)
+        use = "attention output forward"
+        triton_matmul(slots, w.mT.contiguous(), r, 1, H * 2)
+        use = "attention output backward"
+        triton_matmul(x, w, r, H * 2, 1)
+        triton_matmul_dw(slots, x, r, 1, H * 2)
+    finally:
+        listeners.pop()
+    return found
+
+
+def n_bytes(tensors: dict) -> int:
+    """Every tensor of a launch, read or written once."""
+    return sum(t.nbytes for t in tensors.values() if t is not None)
+
+
+def compile_for(target: str, kernel, tensors: dict, rest: dict):
+    """Compile one launch ahead of time, with the types and the specialisation that the launch would have."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+    options = {k: v for k, v in rest.items() if k.startswith("num_")}
+    values = {**tensors, **{k: v for k, v in rest.items() if k not in options}}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        v, parameter = values[name], kernel.params[i]
+        if parameter.is_constexpr or v is None or isinstance(v, int) and v == 1 and not parameter.do_not_specialize:
+            signature[name], constants[(i,)] = "constexpr", v
+            continue
+        signature[name] = types[v.dtype] if isinstance(v, Tensor) else "i32" if v < 2**31 else "i64"
+        if isinstance(v, Tensor) or v % 16 == 0 and not parameter.do_not_specialize:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    key = (kernel.__name__, *signature.items(), *sorted(constants.items()), *attributes, *options.items())
+    return str(key), lambda: triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def inspect(compiled) -> dict:
+    """What is in the machine code of an NVIDIA kernel: registers, bytes of stack (a spill) and of shared
+    memory, tensor-core instructions, asynchronous copies, atomics and reductions."""
+    import pathlib
+    import re
+    import subprocess
+    import tempfile
+
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        dump = lambda flag: subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
+        usage, sass = dump("--dump-resource-usage"), dump("-sass")
+    number = lambda field: int(re.search(rf"{field}:(\d+)", usage)[1])
+    count = lambda *names: len(re.findall(rf"\b(?:{'|'.join(names)})\b", sass))
+    return dict(
+        registers=number("REG"), stack=number("STACK") + count("STL"), shared=compiled.metadata.shared,
+        HGMMA=count("HGMMA"), HMMA=count("HMMA"), async_copies=count("LDGSTS", "UTMALDG"),
+        atomics=count("RED", "REDG", "ATOM", "ATOMG", "ATOMS"))
+
+
+def report(shapes=tuple(SHAPES), tokens=(65536, 2048, 128), dtypes=(torch.bfloat16, torch.float16, torch.float32)):
+    """Compile every distinct launch of the shapes; print one line each. Returns the lines as dicts."""
+    lines, seen = [], {}
+    for dtype in dtypes:
+        for shape in shapes:
+            for n_tokens in tokens:
+                for kernel, _, tensors, rest, use in real_launches(shape, n_tokens, dtype):
+                    for target in TARGETS if kernel else ():
+                        key, build = compile_for(target, kernel, tensors, rest)
+                        if (target, key) in seen:
+                            continue
+                        compiled = seen[target, key] = build()
+                        facts = inspect(compiled) if target.startswith("sm") else {}
+                        line = dict(kernel=kernel.__name__, use=use, shape=shape, tokens=n_tokens,
+                                    dtype=str(dtype)[6:], BM=rest["BM"], target=target, **facts)
+                        if not lines:
+                            print("first seen as: kernel, use, shape, tokens, dtype, rows of a tile, target")
+                        print(", ".join(f"{k} {v}" if k in facts else f"{v}" for k, v in line.items()), flush=True)
+                        lines.append(line)
+    return lines

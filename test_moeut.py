@@ -1,0 +1,1090 @@
+"""Tests of moeut.py, cvmm.py, train.py and sample.py: `pytest` runs all of them in a minute, on a CPU.
+
+They are of two kinds: parity of a fast path with a plain reference, for the output and for every
+gradient, and invariants, such as that no token sees the ones after it. No time is measured.
+
+From top to bottom: the experts; the model; the scripts.
+"""
+
+import base64
+import math
+import os
+import random
+import signal
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cvmm
+import moeut
+import sample
+import train
+from moeut import KVCache, MoEUT, MoEUTConfig, Router, negative_entropy, preset, rotary_table, rotate, usage
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def close(a, b, tol=1e-5):
+    """All tensors of a and b are alike, up to tol relative to the largest entry. TF32 keeps 10 bits."""
+    for s, t in zip(a, b, strict=True):
+        atol = max(tol, 5e-3 if t.is_cuda else 0) * max(1, t.abs().max().item() if t.numel() else 0)
+        torch.testing.assert_close(s, t, rtol=0, atol=atol)
+
+
+def output_and_grads(f, *inputs, transposed=False):
+    """f(*inputs) and the gradients of all inputs, for a random gradient that is the same in every call."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = f(*inputs)
+    dout = torch.randn(out.shape[::-1] if transposed else out.shape, generator=torch.Generator().manual_seed(1))
+    dout = dout.to(out)
+    return out.detach(), *torch.autograd.grad(out, inputs, dout.T if transposed else dout)
+
+
+def grads_of(loss, model):
+    return dict(zip((n for n, _ in model.named_parameters()), torch.autograd.grad(loss, list(model.parameters()))))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Experts
+
+
+@pytest.fixture
+def always_sort(monkeypatch):
+    monkeypatch.setattr(cvmm, "FEW_SLOTS", 0)
+
+
+@pytest.fixture(params=["sorted", "few"])
+def path(request, monkeypatch):
+    """Both ways to multiply, whatever the number of slots."""
+    monkeypatch.setattr(cvmm, "FEW_SLOTS", 0 if request.param == "sorted" else 10**9)
+    monkeypatch.setattr(cvmm, "ALL_EXPERTS", 0)
+
+
+CHOICES = {
+    "even": lambda m, n_expert: torch.arange(m) % n_expert,
+    "random": lambda m, n_expert: torch.randint(n_expert, (m,)),
+    "skewed": lambda m, n_expert: (n_expert * torch.rand(m) ** 4).long(),
+    "gaps": lambda m, n_expert: torch.randint(n_expert // 3, (m,)) * 3 + 1,  # the first and the last are empty
+    "one": lambda m, n_expert: torch.full((m,), n_expert - 2),
+}
+FANS = {"ffn up": (3, 1), "ffn down": (1, 3), "attention values": (8, 1), "attention outputs": (1, 8)}
+
+
+def slots(fans, choice, device, n_token=37, n_in=19, n_out=23, n_expert=11, transposed=False):
+    """x, w and the expert of each slot; transposed in memory, if so."""
+    m = n_token * max(fans)
+    shapes = (m // fans[0], n_in), (n_expert, n_in, n_out)
+    if transposed:
+        x, w = (torch.randn(*s[:-2], s[-1], s[-2]).mT for s in shapes)
+    else:
+        x, w = (torch.randn(s) for s in shapes)
+    return x.to(device), w.to(device), CHOICES[choice](m, n_expert).to(device)
+
+
+def check_cvmm(x, w, expert, fans, transposed=False):
+    routing = cvmm.route(expert, len(w))
+    ours = output_and_grads(lambda x, w: cvmm.cvmm(x, w, routing, *fans), x, w, transposed=transposed)
+    close(ours, output_and_grads(lambda x, w: cvmm.cvmm_definition(x, w, expert, *fans), x, w, transposed=transposed))
+
+
+def test_definition():
+    fan_in, fan_out = 2, 3
+    x, w, expert = torch.randn(6, 5), torch.randn(4, 5, 7), torch.randint(4, (12,))
+    out = torch.zeros(4, 7)
+    for s in range(12):
+        out[s // fan_out] += x[s // fan_in] @ w[expert[s]]
+    close([cvmm.cvmm_definition(x, w, expert, fan_in, fan_out)], [out])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("fans", FANS.values(), ids=FANS)
+def test_cvmm(fans, choice, transposed, device, always_sort):
+    check_cvmm(*slots(fans, choice, device, transposed=transposed), fans, transposed)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fans", FANS.values(), ids=FANS)
+def test_cvmm_sizes(fans, device, always_sort):
+    check_cvmm(*slots(fans, "random", device, n_token=1), fans)
+    check_cvmm(*slots(fans, "random", device, n_token=1, n_in=1, n_out=1, n_expert=1), fans)
+    check_cvmm(*slots(fans, "random", device, n_token=900), fans)  # several groups of experts, many tiles
+    check_cvmm(*slots(fans, "skewed", device, n_token=300, n_expert=200, n_in=64, n_out=80), fans)
+
+
+def slices_of_larger_tensors(*tensors):
+    """Views whose rows are not adjacent in memory."""
+    return [F.pad(t, (3, 2))[..., 3:-2] for t in tensors]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cvmm_of_slices(device, path):
+    x, w, expert = slots((3, 1), "random", device)
+    check_cvmm(*slices_of_larger_tensors(x, w), expert, (3, 1))
+
+
+def ffn_inputs(device="cpu", choice="random", N=29, C=19, n_hidden=13, E=7, K=3):
+    x, w_up, w_down = torch.randn(N, C), torch.randn(E, C, n_hidden), torch.randn(E, n_hidden, C)
+    return *(t.to(device) for t in (x, w_up, w_down, torch.randn(N, K))), CHOICES[choice](N * K, E).to(device)
+
+
+def ffn(expert, n_expert):
+    routing = cvmm.route(expert, n_expert)
+    return lambda x, w_up, w_down, logits: cvmm.expert_ffn(x, w_up, w_down, logits.sigmoid(), routing)
+
+
+def ffn_reference(expert):
+    def f(x, w_up, w_down, logits):
+        K = logits.shape[1]
+        h = cvmm.cvmm_definition(x, w_up, expert, K, 1).relu() * logits.sigmoid().reshape(-1, 1)
+        return cvmm.cvmm_definition(h, w_down, expert, 1, K)
+
+    return f
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_expert_ffn(choice, device, path):
+    *inputs, expert = ffn_inputs(device, choice)
+    close(output_and_grads(ffn(expert, 7), *inputs), output_and_grads(ffn_reference(expert), *inputs))
+    x, w_up, w_down, logits = inputs
+    views = *slices_of_larger_tensors(x), w_up.mT.contiguous().mT, w_down.mT.contiguous().mT, logits.T.contiguous().T
+    close(output_and_grads(ffn(expert, 7), *views, transposed=True),
+          output_and_grads(ffn_reference(expert), *inputs, transposed=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("N, C, n_hidden, E, K", [(1, 5, 3, 4, 4), (400, 24, 16, 40, 6), (65, 33, 128, 3, 1)])
+def test_expert_ffn_sizes(N, C, n_hidden, E, K, device, always_sort):
+    *inputs, expert = ffn_inputs(device, "random", N, C, n_hidden, E, K)
+    close(output_and_grads(ffn(expert, E), *inputs), output_and_grads(ffn_reference(expert), *inputs))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gates_at_the_ends_of_the_sigmoid(device, path):
+    """The backward pass divides by the gate, which may be exactly 0 or nearly so."""
+    *inputs, expert = ffn_inputs(device)
+    inputs[3][::3], inputs[3][1::3] = -200, -60  # sigmoids of 0 and 1e-26
+    inputs[3][2, 0] = 200
+    assert (inputs[3].sigmoid() == 0).any() and (inputs[3].sigmoid() == 1).any()
+    ours = output_and_grads(ffn(expert, 7), *inputs)
+    assert all(t.isfinite().all() for t in ours)
+    close(ours, output_and_grads(ffn_reference(expert), *inputs))
+
+
+N_HEAD, N_ATT_EXPERT, ATT_TOP_K = 3, 5, 2
+
+
+def attention_inputs(device, N=27, C=11, D=6):
+    """x, a, w_v, w_o, gate, expert. The experts of one head differ from each other, as top-K ensures."""
+    w_v, w_o = (torch.randn(N_HEAD * N_ATT_EXPERT, *s) for s in ((C, D), (D, C)))
+    expert = torch.rand(N, N_HEAD, N_ATT_EXPERT).topk(ATT_TOP_K).indices
+    tensors = torch.randn(N, C), torch.randn(N, N_HEAD, D), w_v, w_o, torch.rand(N, N_HEAD, ATT_TOP_K), expert
+    return [t.to(device) for t in tensors]
+
+
+def chosen_matrices(w, expert):
+    return w.unflatten(0, (N_HEAD, -1))[torch.arange(N_HEAD, device=w.device)[:, None], expert]  # [N, H, J, I, O]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("few_slots, all_experts", [(0, 0), (0, 10**9), (10**9, 0)], ids=["sorted", "all", "few"])
+def test_expert_values_and_outputs(few_slots, all_experts, device, monkeypatch):
+    monkeypatch.setattr(cvmm, "FEW_SLOTS", few_slots)
+    monkeypatch.setattr(cvmm, "ALL_EXPERTS", all_experts)
+    x, a, w_v, w_o, gate, expert = attention_inputs(device)
+    close(output_and_grads(lambda x, w, gate: cvmm.expert_values(x, w, gate, expert), x, w_v, gate),
+          output_and_grads(lambda x, w, gate: torch.einsum("nc,nhjcd,nhj->nhd", x, chosen_matrices(w, expert), gate),
+                           x, w_v, gate))
+    close(output_and_grads(lambda a, w, gate: cvmm.expert_outputs(a, w, gate, expert), a, w_o, gate),
+          output_and_grads(lambda a, w, gate: torch.einsum("nhd,nhjdc,nhj->nc", a, chosen_matrices(w, expert), gate),
+                           a, w_o, gate))
+
+
+def test_gradcheck(always_sort, monkeypatch):
+    """Finite differences in float64: the one reference that shares nothing with autograd."""
+    check = lambda f, *inputs: torch.autograd.gradcheck(f, [t.double().requires_grad_() for t in inputs])
+    for fans in ((3, 1), (1, 2)):
+        x, w, expert = slots(fans, "random", "cpu", n_token=5, n_in=3, n_out=4, n_expert=4)
+        assert check(lambda x, w: cvmm.cvmm(x, w, cvmm.route(expert, 4), *fans), x, w)
+    *inputs, expert = ffn_inputs(N=5, C=4, n_hidden=3, E=4, K=2)
+    assert check(ffn(expert, 4), *inputs)
+    for all_experts in (0, 10**9):
+        monkeypatch.setattr(cvmm, "ALL_EXPERTS", all_experts)
+        x, a, w_v, w_o, gate, expert = attention_inputs("cpu", N=4, C=3, D=2)
+        assert check(lambda x, w, gate: cvmm.expert_values(x, w, gate, expert), x, w_v, gate)
+        assert check(lambda a, w, gate: cvmm.expert_outputs(a, w, gate, expert), a, w_o, gate)
+
+
+# The public functions as f(x, w, ...), with inputs: for the tests that treat them all alike
+
+
+def everything(device):
+    x, w, slot_expert = slots((3, 1), "random", device)
+    *ffn_in, ffn_expert = ffn_inputs(device)
+    xa, a, w_v, w_o, gate, expert = attention_inputs(device)
+    return {
+        "cvmm": (lambda x, w: cvmm.cvmm(x, w, cvmm.route(slot_expert, 11), 3, 1), x, w),
+        "expert_ffn": (ffn(ffn_expert, 7), *ffn_in),
+        "expert_values": (lambda x, w, gate: cvmm.expert_values(x, w, gate, expert), xa, w_v, gate),
+        "expert_outputs": (lambda a, w, gate: cvmm.expert_outputs(a, w, gate, expert), a, w_o, gate),
+    }
+
+
+FUNCTIONS = ["cvmm", "expert_ffn", "expert_values", "expert_outputs"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_bfloat16(name, device, path):
+    """Under autocast: bfloat16 out, and no error but that of rounding (1 / 256 of each number)."""
+    f, *inputs = everything(device)[name]
+    inputs = [t.bfloat16().float() for t in inputs]  # else the sign of a hidden unit near 0 could change
+    with torch.autocast(device, torch.bfloat16):
+        ours = output_and_grads(f, *inputs)
+    assert ours[0].dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in ours[1:])
+    for a, b in zip(ours, output_and_grads(f, *inputs)):
+        error = ((a.float() - b).norm() / b.norm()).item()
+        assert 1e-5 < error < 6e-3, error
+    with torch.autocast(device, torch.bfloat16):  # activations in bfloat16 already, as inside a model
+        low = output_and_grads(f, inputs[0].bfloat16(), *inputs[1:])
+    assert low[1].dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in low[2:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_repeats_add_up_in_float32(name, device, path):
+    """63 equal gradients sum to 63 times one. In bfloat16 they would not: 8 bits cannot count that far."""
+    f, *inputs = everything(device)[name]
+    n = 63
+
+    def repeated(x, *rest):
+        weights = [cvmm.cast(w) if w.dim() == 3 and len(w) in (7, 11, 15) else w for w in rest]
+        return torch.stack([f(x, *weights) for _ in range(n)]).sum(0, dtype=torch.float32)
+
+    with torch.autocast(device, torch.bfloat16):
+        one = output_and_grads(lambda *a: f(*a).float(), *inputs)
+        many = output_and_grads(repeated, *inputs)
+    weights = [i for i, t in enumerate(inputs, start=1) if t.dim() == 3 and len(t) in (7, 11, 15)]
+    assert weights
+    for i in weights:
+        torch.testing.assert_close(many[i], n * one[i], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_weight_gradients_are_float32_at_least(dtype, always_sort):
+    x, w, expert = slots((3, 1), "random", "cpu")
+    r = cvmm.route(expert, 11)
+    dw = torch.ops.moeut.matmul_dw(x.to(dtype), torch.randn(len(expert), 23).to(dtype), *r, 3, 1)
+    assert dw.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_two_runs_are_equal_bit_for_bit(name, device, path):
+    f, *inputs = everything(device)[name]
+    for a, b in zip(output_and_grads(f, *inputs), output_and_grads(f, *inputs)):
+        assert torch.equal(a, b)
+
+
+def test_bad_shapes(path):
+    x, w, expert = slots((3, 1), "random", "cpu")
+    r = cvmm.route(expert, 11)
+    for args in ((x, w, r, 1, 1), (x[:-1], w, r, 3, 1), (x[:, :-1], w, r, 3, 1), (x, w, r, 3, 2)):
+        with pytest.raises(ValueError, match="cvmm"):
+            cvmm.cvmm(*args)
+    x, w_up, w_down, gate, expert = ffn_inputs()
+    r = cvmm.route(expert, 7)
+    for args in ((x[:-1], w_up, w_down, gate), (x[:, :-1], w_up, w_down, gate), (x, w_up, w_down, gate[:, :-1]),
+                 (x, w_up, w_down, gate[:-1]), (x, w_up, w_down[:, :-1], gate), (x, w_up, w_down[:-1], gate)):
+        with pytest.raises(ValueError, match="expert_ffn"):
+            cvmm.expert_ffn(*args, r)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["sort_slots", "matmul", "matmul_dw", "ffn", "ffn_backward"])
+def test_custom_op(name, device, always_sort):
+    """Schema and shape function, without which torch.compile breaks."""
+    x, w, expert = slots((3, 1), "random", device)
+    dout = torch.randn(len(expert), 23, device=device)
+    r = cvmm.route(expert, 11)
+    ffn_x, w_up, w_down, gate, ffn_expert = ffn_inputs(device)
+    ffn_r = cvmm.route(ffn_expert, 7)
+    _, h = torch.ops.moeut.ffn(ffn_x, w_up, w_down, gate, *ffn_r)
+    args = {
+        "sort_slots": (expert, 11),
+        "matmul": (x, w, *r, 3, 1),
+        "matmul_dw": (x, dout, *r, 3, 1),
+        "ffn": (ffn_x, w_up, w_down, gate, *ffn_r),
+        "ffn_backward": (torch.randn_like(ffn_x), ffn_x, h, w_up, w_down, gate, *ffn_r),
+    }
+    torch.library.opcheck(getattr(torch.ops.moeut, name).default, args[name])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Model
+
+
+def tiny(**changes) -> MoEUTConfig:
+    sizes = dict(vocab_size=33, block_size=16, n_layer=4, group_size=2, n_embd=20, n_head=3, head_size=10, n_expert=6,
+                 expert_size=7, top_k=2, n_att_expert=4, att_top_k=2, ffn_size=24)
+    return MoEUTConfig(**{**sizes, **changes})
+
+
+FAMILY = {
+    "MoEUT": dict(),
+    "MoEUT pre": dict(layernorm="pre"),
+    "MoEUT post": dict(layernorm="post"),
+    "Transformer": dict(ffn="dense", attention="dense", layernorm="pre", group_size=4),
+    "Transformer post": dict(ffn="dense", attention="dense", layernorm="post", group_size=4),
+    "Universal Transformer": dict(ffn="dense", attention="dense", layernorm="pre", group_size=1),
+    "sigma-MoE": dict(attention="dense", group_size=4),
+    "SwitchHead": dict(ffn="dense", layernorm="pre", group_size=4),
+}
+family = pytest.mark.parametrize("changes", FAMILY.values(), ids=FAMILY)
+
+
+def make(config, lively=True) -> MoEUT:
+    """A model in float64. At its initialisation it does little: larger weights make errors visible."""
+    model = MoEUT(config).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if lively and "layers" in name:
+                p.mul_(2).add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def tokens(*shape):
+    return torch.randint(33, shape)
+
+
+@pytest.mark.parametrize("name, count", {
+    "moeut-44M": 44_345_792, "moeut-126M": 125_669_696, "moeut-244M": 243_326_784, "moeut-318M": 318_107_456,
+    "moeut-727M": 727_424_320, "moeut-1B": 1_040_319_296, "dense-44M": 44_544_264, "dense-126M": 125_654_336,
+    "dense-244M": 243_568_700, "dense-318M": 319_293_584, "dense-727M": 728_694_080, "dense-1B": 1_044_300_608,
+}.items())
+def test_parameter_counts_of_the_paper(name, count):
+    with torch.device("meta"):
+        assert MoEUT(preset(name)).n_params() == count
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(MoEUTConfig) if f.type is int])
+def test_sizes_are_positive(field):
+    with pytest.raises(ValueError, match=field):
+        MoEUTConfig(**{field: 0})
+
+
+@pytest.mark.parametrize("field, changes", [
+    ("n_layer", dict(n_layer=5)), ("group_size", dict(group_size=5)), ("top_k", dict(top_k=17)),
+    ("att_top_k", dict(att_top_k=5)), ("ffn", dict(ffn="sparse")), ("attention", dict(attention="linear")),
+    ("layernorm", dict(layernorm="none")), ("layernorm", dict(ffn="dense")), ("dropout", dict(dropout=1.0)),
+    ("dropout", dict(dropout=-0.1)),
+])
+def test_invalid_config(field, changes):
+    with pytest.raises(ValueError, match=field):
+        MoEUTConfig(**changes)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="'huge'"):
+        preset("huge")
+
+
+def test_macs_of_the_paper():
+    """The appendix: MoEUT needs 0.88 of the dense model's multiplications at 44M and 0.60 at 244M."""
+    ratio = lambda size: preset(f"moeut-{size}").macs_per_token() / preset(f"dense-{size}").macs_per_token()
+    assert ratio("44M") == pytest.approx(0.88, abs=0.005) and ratio("244M") == pytest.approx(0.60, abs=0.005)
+
+
+def equations(model, idx):
+    """Logits as the equations of the paper read: all experts for every token, most of them with gate 0."""
+    c, p = model.config, dict(model.named_parameters())
+    T, r = idx.shape[1], c.head_size // 4 * 2
+    phase = torch.arange(T)[:, None] * 10000.0 ** -(torch.arange(0, r, 2) / r)
+    spin = torch.polar(torch.ones_like(phase), phase).to(torch.complex128)               # [T, r/2]
+    norm = lambda name, x: F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
+
+    def rope(x):  # pairs (i, i + r/2) are complex numbers, which turn with their position
+        z = torch.complex(x[..., : r // 2], x[..., r // 2:r]) * spin
+        return torch.cat((z.real, z.imag, x[..., r:]), -1)
+
+    def gates(logits, k):
+        return torch.where(logits >= logits.topk(k).values[..., -1:], logits.sigmoid(), 0)
+
+    def attention(a, x, n):
+        q, k = (rope(t) for t in torch.einsum("btc,shdc->sbhtd", n, p[f"{a}.qk.weight"].view(2, c.n_head, -1, c.n_embd)))
+        logits = (n @ p[f"{a}.router.weight"].T).view(*n.shape[:2], 2, c.n_head, c.n_att_expert)
+        s_v, s_o = gates(logits, c.att_top_k).unbind(2)                                  # [B, T, H, A] both
+        w_v, w_o = (p[f"{a}.{w}"].unflatten(0, (c.n_head, -1)) for w in ("w_v", "w_o"))
+        v = torch.einsum("btc,hacd,btha->bhtd", x, w_v, s_v)
+        score = (q @ k.mT / math.sqrt(c.head_size)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        return torch.einsum("bhtd,hadc,btha->btc", score.softmax(-1) @ v, w_o, s_o)
+
+    def ffn(a, x, n):
+        h = torch.einsum("btc,ecf->btef", x, p[f"{a}.w_up"]).relu()
+        return torch.einsum("btef,efc,bte->btc", h, p[f"{a}.w_down"], gates(n @ p[f"{a}.router.weight"].T, c.top_k))
+
+    x = p["embedding.weight"][idx]
+    for i in range(c.n_layer):
+        a = f"layers.{i % c.group_size}"
+        for f, ln in ((attention, f"{a}.ln1"), (ffn, f"{a}.ln2")):
+            name = f"{a}.{f.__name__}"
+            if c.layernorm == "post":
+                x = norm(ln, x + f(name, x, x))
+            else:
+                n = norm(ln, x)
+                x = x + f(name, x if c.layernorm == "peri" else n, n)
+    return (x if c.layernorm == "post" else norm("ln", x)) @ p["head.weight"].T + p["head.bias"]
+
+
+@pytest.mark.parametrize("layernorm", ["peri", "pre", "post"])
+def test_equations_of_the_paper(layernorm):
+    model, idx, targets = make(tiny(layernorm=layernorm)).eval(), tokens(2, 16), tokens(2, 16)
+    logits, loss, _ = model(idx, targets)
+    expected = equations(model, idx)
+    close([logits], [expected])
+    expected_loss = -expected.log_softmax(-1).gather(-1, targets[..., None]).mean()
+    close([loss.double()], [expected_loss])
+    ours, theirs = grads_of(loss, model), grads_of(expected_loss, model)
+    close(ours.values(), theirs.values())
+
+
+@family
+def test_trains(changes):
+    """Forward and backward; every parameter has a gradient."""
+    model = MoEUT(tiny(**changes))
+    _, loss, reg = model(tokens(4, 16), tokens(4, 16))
+    (loss + reg).backward()
+    assert loss.item() == pytest.approx(math.log(33), rel=0.2)
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_ignored_targets():
+    model, idx, targets = make(tiny()).eval(), tokens(2, 16), tokens(2, 16)
+    targets[:, 9:] = -1
+    close([model(idx, targets).loss], [model(idx[:, :9], targets[:, :9]).loss])
+
+
+@family
+def test_causal(changes):
+    model, idx = make(tiny(**changes)).eval(), tokens(2, 16)
+    changed = idx.clone()
+    changed[:, 9] = (idx[:, 9] + 1) % 33
+    a, b = model(idx).logits, model(changed).logits
+    close([a[:, :9]], [b[:, :9]], 1e-6)
+    assert ((a - b)[:, 9:].abs().amax((0, 2)) > 1e-4).all()
+
+
+@family
+def test_one_sequence_does_not_see_another(changes):
+    model, idx = make(tiny(**changes)).eval(), tokens(3, 16)
+    close([model(idx).logits], [torch.cat([model(i[None]).logits for i in idx])], 1e-6)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(group_size=1), dict(n_layer=6), FAMILY["Universal Transformer"]])
+def test_weights_are_shared(changes):
+    """The gradient of a shared layer is the sum over its applications, each taken as a layer of its own."""
+    shared = make(tiny(**changes)).eval()
+    G, L = shared.config.group_size, shared.config.n_layer
+    unrolled = make(tiny(**{**changes, "group_size": L})).eval()
+    unrolled.load_state_dict({k: v for k, v in shared.state_dict().items() if "layers" not in k}, strict=False)
+    for i in range(L):
+        unrolled.layers[i].load_state_dict(shared.layers[i % G].state_dict())
+    idx, targets = tokens(2, 16), tokens(2, 16)
+    close([shared(idx).logits], [unrolled(idx).logits], 1e-6)
+    total = {}
+    for name, grad in grads_of(unrolled(idx, targets).loss, unrolled).items():
+        if name.startswith("layers."):
+            _, i, rest = name.split(".", 2)
+            name = f"layers.{int(i) % G}.{rest}"
+        total[name] = total.get(name, 0) + grad
+    ours = grads_of(shared(idx, targets).loss, shared)
+    close(ours.values(), [total[name] for name in ours], 1e-6)
+
+
+def test_depth_costs_no_parameters():
+    counts = {L: MoEUT(tiny(n_layer=L)).n_params() for L in (2, 4, 8)}
+    assert len(set(counts.values())) == 1
+    assert MoEUT(tiny(group_size=1)).n_params() < counts[4] < MoEUT(tiny(group_size=4)).n_params()
+
+
+@pytest.mark.parametrize("chunks", [[40], [1] * 40, [7] + [1] * 33, [1, 20, 1, 13, 5], [16, 16, 8]], ids=str)
+@family
+def test_cache(changes, chunks):
+    """Token by token or chunk by chunk, also far beyond block_size: the logits are those of one forward pass."""
+    model, idx = make(tiny(**changes)).eval(), tokens(2, 40)
+    cache = KVCache(model.config, 2, 40, dtype=torch.float64)
+    with torch.no_grad():
+        logits = torch.cat([model(part, cache=cache).logits for part in idx.split(chunks, dim=1)], dim=1)
+    close([logits], [model(idx).logits], 1e-6)
+    with pytest.raises(ValueError, match="capacity"):
+        model(idx[:, :1], cache=cache)
+
+
+def test_all_experts_with_gate_one_are_a_dense_ffn():
+    c = tiny(n_expert=6, top_k=6, ffn_size=6 * 7)
+    moe, dense = moeut.SigmaMoE(c).double(), moeut.DenseFFN(c).double()
+    dense.init_weights(1)
+    moe.router.weight.data.fill_(1)
+    moe.w_up.data = dense.up.weight.data.unflatten(0, (6, 7)).mT
+    moe.w_down.data = dense.down.weight.data.T.unflatten(0, (6, 7))
+    x, surely = torch.randn(2, 16, 20).double(), torch.full((2, 16, 20), 50.0).double()
+    close(output_and_grads(lambda x: moe(x, surely, moe.cast())[0], x),
+          output_and_grads(lambda x: dense(x, x, ())[0], x))
+
+
+def test_one_expert_per_head_with_gate_one_is_dense_attention():
+    c = tiny(n_att_expert=1, att_top_k=1)
+    moe, dense = moeut.SwitchHead(c).double(), moeut.DenseAttention(c).double()
+    dense.init_weights(1)
+    moe.qk.weight.data = dense.qk.weight.data
+    moe.w_v.data = dense.v.weight.data.unflatten(0, (3, 10)).mT
+    moe.w_o.data = dense.o.weight.data.T.unflatten(0, (3, 10))
+    x = torch.randn(2, 16, 20).double()
+    n = torch.cat((torch.full((2, 16, 1), 1000.0), torch.randn(2, 16, 19)), -1).double()
+    moe.router.weight.data.zero_()[:, 0] = 1
+    rotary, remember = rotary_table(10, 0, 16, CPU), lambda k, v: (k, v)
+    close(output_and_grads(lambda x: moe(x, n, moe.cast(), rotary, remember)[0], x),
+          output_and_grads(lambda x: dense(x, n, (), rotary, remember)[0], x))
+
+
+def test_entropy_extremes():
+    alike, one = torch.zeros(2, 5, 8), torch.zeros(2, 5, 8)
+    one[..., 3] = 500
+    turns = 500 * torch.eye(8).view(1, 8, 8)  # every step has another favourite: over time, all are used alike
+    close([negative_entropy(usage(t)) for t in (alike, one, turns)],
+          [torch.full((2,), -math.log(8)), torch.zeros(2), torch.full((1,), -math.log(8))])
+
+
+def router_logits(model, *args):
+    """Output of the model, and the logits of every router, one [B, T, groups, E] per repeat."""
+    seen = {}
+    note = lambda m, _, out: seen.setdefault(m, []).append(out.unflatten(-1, (m.groups, -1)))
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, Router)]
+    out = model(*args)
+    for hook in hooks:
+        hook.remove()
+    return out, seen
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(group_size=1), dict(attention="dense"), FAMILY["SwitchHead"]])
+def test_regulariser(changes):
+    """Per sequence, over all repeats and time steps together; gradients too."""
+    model = make(tiny(ffn_reg=0.7, att_reg=0.3, **changes)).train()
+    (_, _, reg), seen = router_logits(model, tokens(3, 16))
+    expected = 0
+    for router, logits in seen.items():
+        assert len(logits) == model.config.n_repeat
+        p = torch.cat(logits, dim=1).softmax(-1).mean(1)                                 # [B, groups, E]
+        entropy = (p * p.log()).sum(-1).mean(0)                                          # [groups]
+        expected += 0.7 * entropy.sum() if router.groups == 1 else 0.3 * entropy.unflatten(0, (2, -1)).mean(1).sum()
+    close([reg], [expected])
+    weights = [router.weight for router in seen]
+    ours = torch.autograd.grad(reg, weights, retain_graph=True)
+    assert all(grad.any() for grad in ours)
+    close(ours, torch.autograd.grad(expected, weights))
+    assert model.eval()(tokens(3, 16)).reg.item() == 0
+
+
+def test_routing_is_float32_under_autocast():
+    model = MoEUT(tiny())
+    with torch.autocast("cpu", torch.bfloat16):
+        out, seen = router_logits(model, tokens(2, 16))
+    assert out.logits.dtype == torch.bfloat16 and out.reg.dtype == torch.float32
+    for logits in (t for ts in seen.values() for t in ts):
+        assert logits.dtype == torch.float32 and (logits.bfloat16() != logits).any()
+
+
+@pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
+def test_initialisation(moe):
+    kind = dict() if moe else dict(ffn="dense", attention="dense", layernorm="pre")
+    c = MoEUTConfig(n_layer=6, group_size=2, n_embd=256, n_head=4, head_size=32, n_expert=16, expert_size=64, top_k=2,
+                    n_att_expert=8, att_top_k=2, ffn_size=384, **kind)
+    a = math.sqrt(2 / 6)  # 6 applications, although there are 2 layers
+    expected = {
+        "embedding.weight": 1 / 16, "head.weight": 1 / 16 / math.sqrt(3), "head.bias": 1 / 16 / math.sqrt(3),
+        "attention.qk.weight": a / 16, "attention.router.weight": a / 16, "attention.w_v": a / 16,
+        "attention.w_o": a / math.sqrt(4 * 32), "attention.v.weight": a / 16, "attention.o.weight": a / math.sqrt(4 * 32),
+        "ffn.router.weight": a / 16, "ffn.w_up": a / 16, "ffn.w_down": a / math.sqrt(16 * 64),
+        "ffn.up.weight": a / 16, "ffn.up.bias": 0, "ffn.down.weight": a / math.sqrt(384), "ffn.down.bias": 0,
+    }
+    for name, p in MoEUT(c).named_parameters():
+        short = name.split(".", 2)[2] if name.startswith("layers.") else name
+        if short.startswith("ln"):
+            assert (p == (1 if name.endswith("weight") else 0)).all(), name
+        else:
+            tolerance = 0.05 if p.numel() > 1000 else 0.2
+            assert p.std().item() == pytest.approx(expected[short], rel=tolerance), name
+            assert abs(p.mean().item()) <= 5 * expected[short] / math.sqrt(p.numel()), name
+
+
+def loss_and_grads(model, idx, targets):
+    torch.manual_seed(0)  # of dropout
+    out = model(idx, targets)
+    return out.loss.detach(), out.reg.detach(), *grads_of(out.loss + out.reg, model).values()
+
+
+def test_recompute():
+    """Activation checkpointing runs every layer twice, with the same dropout, and changes no number."""
+    model, idx, targets = make(tiny(dropout=0.3)).train(), tokens(2, 16), tokens(2, 16)
+    calls = []
+    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    kept = loss_and_grads(model, idx, targets)
+    assert len(calls) == 2
+    model.recompute = True
+    close(kept, loss_and_grads(model, idx, targets), 1e-7)
+    assert len(calls) == 2 + 4
+
+
+def test_dropout():
+    model, idx = make(tiny(dropout=0.5)), tokens(2, 16)
+    assert not torch.equal(model(idx).logits, model(idx).logits)
+    model.eval()
+    assert torch.equal(model(idx).logits, model(idx).logits)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("changes", [dict(), FAMILY["Transformer"]], ids=["MoEUT", "Transformer"])
+def test_compile(changes, training):
+    """One graph, whatever the experts chosen; for two batches, without a second compilation."""
+    torch.compiler.reset()
+    model = MoEUT(tiny(**changes)).train(training)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for i in range(2):
+        idx, targets = tokens(4, 16), tokens(4, 16)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            out = compiled(idx, targets)
+        ours = out.loss.detach(), out.reg.detach(), *grads_of(out.loss + out.reg, model).values()
+        close(ours, loss_and_grads(model, idx, targets))
+
+
+def test_overfits_one_batch():
+    model, idx, targets = MoEUT(tiny()), tokens(4, 16), tokens(4, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(120):
+        _, loss, reg = model(idx, targets)
+        optimizer.zero_grad()
+        (loss + reg).backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize("head_size, rotated", [(82, 40), (41, 20), (128, 64), (10, 4), (3, 0)])
+def test_rotary(head_size, rotated):
+    """Scores depend on the distance only, and the first `rotated` dimensions do the work."""
+    q, k = torch.randn(2, 1, head_size).double().expand(2, 12, head_size)                # one q and k everywhere
+    q0, k0, q90, k90 = (rotate(t, rotary_table(head_size, at, at + 12, CPU)) for at in (0, 90) for t in (q, k))
+    score = q0 @ k0.mT
+    close([score], [q90 @ k90.mT])
+    close([score[1:, 1:]], [score[:-1, :-1]])
+    moved = (q0[1:] != q0[:1]).all(0)
+    assert moved.tolist() == [True] * rotated + [False] * (head_size - rotated)
+
+
+# The authors' weights
+
+OFFICIAL = {"attention.q.weight": (30, 20), "attention.k.weight": (30, 20), "attention.v": (12, 20, 10),
+            "attention.o": (12, 10, 20), "attention.sel_v": (12, 20), "attention.sel_o": (12, 20),
+            "ffn.keys": (6, 20, 7), "ffn.values": (6, 7, 20), "ffn.expert_sel": (6, 20),
+            "ln1.weight": (20,), "ln1.bias": (20,), "ln2.weight": (20,), "ln2.bias": (20,)}
+
+
+def official_state():
+    shapes = {f"transformer.layers.{g}.{name}": shape for g in range(2) for name, shape in OFFICIAL.items()}
+    shapes |= {"embedding.weight": (33, 20), "out_norm.weight": (20,), "out_norm.bias": (20,),
+               "lm_head.weight": (33, 20), "lm_head.bias": (33,)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_from_official():
+    theirs = official_state()
+    before = dict(theirs)
+    model = MoEUT.from_official(theirs, tiny())
+    assert theirs == before  # the caller's dict is left alone
+    assert sum(t.numel() for t in theirs.values()) == model.n_params()
+    for g, layer in enumerate(model.layers):
+        get = lambda name: theirs[f"transformer.layers.{g}.{name}"]
+        pairs = [(layer.attention.qk.weight[:30], "attention.q.weight"), (layer.attention.qk.weight[30:], "attention.k.weight"),
+                 (layer.attention.router.weight[:12], "attention.sel_v"), (layer.attention.router.weight[12:], "attention.sel_o"),
+                 (layer.attention.w_v, "attention.v"), (layer.attention.w_o, "attention.o"),
+                 (layer.ffn.w_up, "ffn.keys"), (layer.ffn.w_down, "ffn.values"), (layer.ffn.router.weight, "ffn.expert_sel"),
+                 (layer.ln1.weight, "ln1.weight"), (layer.ln1.bias, "ln1.bias"), (layer.ln2.weight, "ln2.weight"),
+                 (layer.ln2.bias, "ln2.bias")]
+        assert [name for ours, name in pairs if not torch.equal(ours, get(name))] == []
+    for ours, name in ((model.embedding.weight, "embedding.weight"), (model.ln.weight, "out_norm.weight"),
+                       (model.ln.bias, "out_norm.bias"), (model.head.weight, "lm_head.weight"), (model.head.bias, "lm_head.bias")):
+        assert torch.equal(ours, theirs[name])
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda s: s.pop("transformer.layers.1.ffn.keys"), "ffn.keys"),
+    (lambda s: s.update(extra=torch.zeros(1)), "extra"),
+    (lambda s: s.update({"transformer.layers.2.ffn.keys": torch.zeros(6, 20, 7)}), "layers.2.ffn.keys"),
+    (lambda s: s.update({"transformer.layers.0.ffn.keys": torch.zeros(6, 20, 8)}), "w_up"),
+    (lambda s: s.update({"transformer.layers.0.attention.q.weight": torch.zeros(30, 21)}), "attention"),
+], ids=["missing", "extra", "a third layer", "wrong size", "wrong width"])
+def test_from_official_refuses(change, named):
+    theirs = official_state()
+    change(theirs)
+    with pytest.raises(ValueError, match=named):
+        MoEUT.from_official(theirs, tiny())
+
+
+# Generation
+
+
+def greedy(model, idx, n):
+    """Without a cache. A full context is cut to its newest half."""
+    window, context, new = model.config.block_size, idx[:, -model.config.block_size:], []
+    for _ in range(n):
+        if context.shape[1] > window:
+            context = context[:, -(window // 2):]
+        new.append(model(context).logits[:, -1].argmax(-1))
+        context = torch.cat((context, new[-1][:, None]), dim=1)
+    return torch.stack(new, dim=1)
+
+
+def generate(model, idx, n, **options):
+    return torch.stack(list(model.generate(idx, n, **options)), dim=1)
+
+
+@pytest.mark.parametrize("length, n", [(1, 15), (5, 11), (16, 1), (3, 45), (30, 20)])
+def test_generate_greedy(length, n):
+    """Temperature 0 and top_k 1 take the most likely token, also beyond block_size = 16."""
+    model, idx = make(tiny()).eval(), tokens(3, length)
+    new = generate(model, idx, n, temperature=0)
+    assert new.shape == (3, n) and torch.equal(new, greedy(model, idx, n))
+    assert len(new.unique()) > 2 or n == 1  # a model that repeats itself would prove little
+    assert torch.equal(new, generate(model, idx, n, top_k=1))
+    assert torch.equal(new, generate(model, idx, n, top_p=1e-6))
+    assert torch.equal(new, torch.cat([generate(model, row[None], n, temperature=0) for row in idx]))
+
+
+def test_generate_is_seeded():
+    model, idx = make(tiny()).eval(), tokens(2, 5)
+    a, b, c = (generate(model, idx, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("options, expected", [
+    (dict(), [0.1, 0.4, 0.2, 0.3]),
+    (dict(temperature=0.5), [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
+    (dict(top_k=2), [0, 4 / 7, 0, 3 / 7]),
+    (dict(top_p=0.65), [0, 4 / 7, 0, 3 / 7]),
+    (dict(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9]),
+    (dict(top_k=3, top_p=0.7), [0, 4 / 7, 0, 3 / 7]),  # top_p of what top_k left: 4/9 + 3/9
+], ids=str)
+def test_sampling_distribution(options, expected):
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(40_000, 4)
+    options = dict(temperature=1.0, top_k=None, top_p=None) | options
+    drawn = moeut.sample_token(logits, generator=torch.Generator().manual_seed(0), **options)
+    frequency = drawn.flatten().bincount(minlength=4) / len(drawn)
+    torch.testing.assert_close(frequency, torch.tensor(expected), rtol=0, atol=0.012)
+    assert (frequency[torch.tensor(expected) == 0] == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Scripts: their main() runs in this process, in an empty folder
+
+TEXT = "".join(f"{i} · {i + 7} = {i * (i + 7)} — naïve 🙂\n" for i in range(150))
+MODEL = ("--n_embd=16 --head_size=8 --n_head=2 --n_layer=2 --group_size=1 --n_expert=4 --top_k=2 --expert_size=8 "
+         "--block_size=16").split()
+SMALL = [*MODEL, *("--data=text.txt --batch_size=2 --tokens_per_step=64 --steps=6 --warmup=2 --eval_interval=3 "
+                   "--eval_tokens=64 --sample_tokens=8 --log_interval=2 --device=cpu").split()]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(script, *arguments), in a folder that holds text.txt."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+        script.main()
+
+    handler, precision = signal.getsignal(signal.SIGINT), torch.get_float32_matmul_precision()
+    yield call
+    signal.signal(signal.SIGINT, handler)
+    torch.set_float32_matmul_precision(precision)
+
+
+def test_train_then_sample(run, capsys):
+    run(train, *SMALL)
+    log = capsys.readouterr().out
+    assert "step 6/6: loss" in log and "step 3/6: validation loss" in log and "of the experts in use" in log
+
+    def text(*arguments):
+        run(sample, "--max_new_tokens=30", "--device=cpu", *arguments)
+        return capsys.readouterr().out
+
+    assert text("--prompt=naïve 🙂").startswith("naïve 🙂") and len(text("--prompt=a")) > 2
+    assert text() == text("--seed=0") != text("--seed=1")
+    assert text("--n_samples=3", "--prompt=12 · ").count("12 · ") >= 3
+    (greedy_text,) = {text("--temperature=0"), text("--top_k=1", "--seed=5")}
+    assert len(greedy_text) > 1
+
+
+def test_loss_falls(run, capsys):
+    run(train, *SMALL, "--steps=40", "--eval_interval=40", "--lr=1e-2", "--log_interval=1")
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines()
+              if line.startswith("step") and ": loss" in line]
+    assert losses[0] == pytest.approx(math.log(257), rel=0.1) and losses[-1] < losses[0] - 1.5
+
+
+def load(out):
+    return torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)
+
+
+def test_resume_changes_no_bit(run, monkeypatch, capsys):
+    """Ctrl-C after half of the steps, then --resume: as if nothing had happened. Dropout included."""
+    run(train, *SMALL, "--dropout=0.1", "--out=straight")
+    evaluate = train.evaluate
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="after step 3.*--resume --out=parts"):
+        patch.setattr(train, "evaluate", interrupted)
+        run(train, *SMALL, "--dropout=0.1", "--out=parts")
+    assert load("parts")["step"] == 3
+    run(train, "--resume", "--out=parts")
+    assert "step 4/6" in capsys.readouterr().out
+    straight, parts = load("straight"), load("parts")
+    assert straight["step"] == parts["step"] == 6
+    assert [k for k in straight["model"] if not torch.equal(straight["model"][k], parts["model"][k])] == []
+    for a, b in zip(straight["optimizer"]["state"].values(), parts["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_accumulation_changes_nothing(run):
+    """Sequences at a time are a matter of memory; only the entropy is not a mean over sequences' losses alone."""
+    for n in (1, 4):
+        run(train, *SMALL, f"--batch_size={n}", f"--out=by{n}", "--steps=2")
+    a, b = load("by1")["model"], load("by4")["model"]
+    close(a.values(), b.values(), 1e-4)
+
+
+def test_recompute_option(run):
+    for name in ("--recompute", "--no-recompute"):
+        run(train, *SMALL, name, f"--out={name}", "--steps=2")
+    close(load("--recompute")["model"].values(), load("--no-recompute")["model"].values(), 1e-6)
+
+
+def test_learning_rate():
+    """Linear to the peak, then half a cosine to a tenth of it."""
+    o = train.Options(lr=1.0, warmup=10, steps=110)
+    assert [train.learning_rate(s, o) for s in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1, 1])
+    assert [train.learning_rate(s, o) for s in (60, 110, 500)] == pytest.approx([0.55, 0.1, 0.1])
+
+
+# Tokens
+
+
+def byte_tokenizer():
+    return train.Tokenizer(train.load_tokenizer("bytes"))
+
+
+def rank_file(path, extra=(b"th", b"the", b" t"), singles=range(256)):
+    vocabulary = [bytes([i]) for i in singles] + list(extra)
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(vocabulary)))
+    return str(path)
+
+
+def test_bytes_round_trip():
+    rng = random.Random(0)
+    characters = [*map(chr, range(128)), *"äß€漢字🙂👩‍👩‍👧", "\u2028", "\r\n", "\U0010ffff", "<|endoftext|>"]
+    t = byte_tokenizer()
+    for _ in range(50):
+        text = "".join(rng.choices(characters, k=rng.randrange(200)))
+        ids = t.encode(text)
+        assert ids.tolist() == list(text.encode())  # the name of a special token is text like any other
+        assert "".join(t.stream(ids.tolist())) == text
+
+
+def test_stream_never_cuts_a_character():
+    t, text = byte_tokenizer(), "añ漢🙂."
+    pieces = [*t.stream([*t.encode(text).tolist(), t.end, *t.encode("not this").tolist()])]
+    assert "".join(pieces) == text and [p for p in pieces if p] == list(text)
+
+
+def test_rank_file(tmp_path):
+    t = train.Tokenizer(train.load_tokenizer(rank_file(tmp_path / "own.tiktoken")))
+    assert t.n_vocab == 256 + 3 + 1 and t.end == 259
+    text = "the thing — 漢字"
+    ids = t.encode(text).tolist()
+    assert ids[0] == 257 and len(ids) < len(text.encode()) and "".join(t.stream(ids)) == text
+
+
+def test_character_without_a_token(run, tmp_path):
+    name = rank_file(tmp_path / "ascii.tiktoken", singles=range(128))
+    t = train.Tokenizer(train.load_tokenizer(name))
+    assert "".join(t.stream(t.encode("plain the text").tolist())) == "plain the text"
+    with pytest.raises(ValueError, match="ascii.tiktoken cannot encode the character 'ï'"):
+        t.encode("naïve")
+    with pytest.raises(SystemExit, match="cannot encode the character '·'"):
+        run(train, *SMALL, f"--tokenizer={name}")
+    with pytest.raises(ValueError, match="udc80"):  # what Python makes of a broken byte on the command line
+        byte_tokenizer().encode("\udc80")
+
+
+def corpus(tmp_path, *names, tokenizer=None):
+    names = names or ["text.txt"]
+    return train.tokenize([str(tmp_path / n) for n in names], tokenizer or byte_tokenizer(), tmp_path / "tokens", 8)
+
+
+def test_token_cache(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    cached = lambda: len(list((tmp_path / "tokens").glob("*.json")))
+    path.write_text("abcdefgh\n" * 40)
+    first = corpus(tmp_path)
+    with monkeypatch.context() as patch:  # found again, not encoded again
+        patch.setattr(train.Tokenizer, "encode", None)
+        assert np.array_equal(corpus(tmp_path).train, first.train) and cached() == 1
+    stat = path.stat()
+    path.write_text("hgfedcba\n" * 40)  # as long as before
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert corpus(tmp_path).train[0] == ord("h") and cached() == 2
+    other = train.Tokenizer(train.load_tokenizer(rank_file(tmp_path / "own.tiktoken", extra=(b"hg",))))
+    assert corpus(tmp_path, tokenizer=other).train[0] == 256 and cached() == 3
+
+
+@pytest.mark.parametrize("pad", range(4))
+def test_last_tenth_of_a_file_is_for_validation(pad, tmp_path):
+    """No character is cut, wherever the tenth begins."""
+    text = "x" * pad + "🙂" * 100
+    (tmp_path / "text.txt").write_text(text)
+    c = corpus(tmp_path)
+    assert c.train.tobytes() and bytes(c.train.astype(np.uint8)).decode() + bytes(c.val[:-1].astype(np.uint8)).decode() == text
+    assert c.val[-1] == 256 and 256 not in c.train and len(c.val) == pytest.approx(len(text.encode()) / 10, abs=5)
+    assert c.bytes_per_token["train"] == 1 and c.bytes_per_token["val"] == pytest.approx(1, abs=0.05)
+
+
+def test_documents_are_for_training_or_validation(tmp_path):
+    documents = {f"{i} " * 20 for i in range(120)}
+
+    def split(*more):
+        folder = tmp_path / f"texts{len(more)}"
+        folder.mkdir()
+        for i, text in enumerate([*more, *sorted(documents)]):  # under other names
+            (folder / f"{i}.txt").write_text(text)
+        c = corpus(tmp_path, folder.name)
+        assert c.n_files == 120 + len(more)
+        return [set(bytes(255 if t == 256 else t for t in part).decode("latin1").strip("\xff").split("\xff"))
+                for part in (c.train.tolist(), c.val.tolist())]
+
+    training, validation = split()
+    assert training | validation == documents and not training & validation
+    assert 3 <= len(validation) <= 30
+    more_training, more_validation = split("one more " * 9)
+    assert training <= more_training and validation <= more_validation
+
+
+@pytest.mark.parametrize("length", [17, 18, 33, 49, 100, 1000, 1234])
+def test_windows_visit_everything_once_per_epoch(length):
+    data, block = np.arange(length, dtype=np.uint16), 16
+    n = max((length - block - 1) // block, 1)
+    starts = []
+    for epoch in range(3):
+        numbers = range(epoch * n, (epoch + 1) * n)
+        x, y = train.windows(data, block, numbers, 0, CPU)
+        assert torch.equal(x, x[:, :1] + torch.arange(block)) and torch.equal(y, x + 1)
+        first = x[:, 0].sort().values
+        assert (first.diff() == block).all() and len(first) == n
+        starts.append(x[:, 0].tolist())
+        for number, row in zip(numbers, x):  # whatever the batch
+            assert torch.equal(train.windows(data, block, [number], 0, CPU)[0][0], row)
+    if n > 5:
+        assert starts[0] != starts[1] and starts[0] != sorted(starts[0])
+        assert starts[0] != train.windows(data, block, range(n), 1, CPU)[0][:, 0].tolist()
+
+
+def test_evaluate():
+    """The mean over windows does not depend on the batch size, and the model is in training mode after it."""
+    model, data = MoEUT(tiny()), np.random.default_rng(0).integers(33, size=200).astype(np.uint16)
+    results = [train.evaluate(model, data, 112, b, lambda: torch.autocast("cpu", enabled=False)) for b in (1, 3, 7)]
+    assert all(r == pytest.approx(results[0]) for r in results) and model.training
+    x, y = (torch.from_numpy(np.stack([data[s + i:s + i + 16] for s in np.linspace(0, 183, 7).astype(int)]).astype(np.int64))
+            for i in (0, 1))
+    out, seen = router_logits(model.eval(), x, y)
+    assert results[0][0] == pytest.approx(out.loss.item(), rel=1e-5)
+    total = used = 0
+    for router, logits in seen.items():
+        chosen = torch.cat([t.flatten(0, 1) for t in logits]).topk(router.top_k).indices                 # [n, groups, k]
+        used += sum(len(chosen[:, g].unique()) for g in range(chosen.shape[1]))
+        total += logits[0].shape[2] * logits[0].shape[3]
+    assert results[0][1] == pytest.approx(used / total)
+
+
+# Bad input: one sentence that names the culprit
+
+BAD = [
+    (train, "--nonsense=1", "--nonsense"), (train, "--steps=many", "--steps"), (train, "--steps=0", "--steps"),
+    (train, "--lr=-1", "--lr"), (train, "--weight_decay=-1", "--weight_decay"), (train, "--beta2=2", "--beta2"),
+    (train, "--seed=-1", "--seed"), (train, "--warmup=-1", "--warmup"), (train, "--sample_tokens=-1", "--sample_tokens"),
+    (train, "--data=missing.txt", "missing.txt"), (train, "--data=empty.txt", "text"),
+    (train, "--data=short.txt", "--block_size"), (train, "--data=latin1.txt", "latin1.txt"), (train, "--data=empty", "empty"),
+    (train, "--n_layer=3 --group_size=2", "n_layer"), (train, "--n_head=0", "n_head"), (train, "--top_k=5", "top_k"),
+    (train, "--preset=huge", "huge"), (train, "--vocab_size=100", "--vocab_size"), (train, "--tokens_per_step=65", "--tokens_per_step"),
+    (train, "--device=abacus", "abacus"), (train, "--device=cuda:99", "cuda:99"), (train, "--dtype=int8", "int8"),
+    (train, "--compile=maybe", "maybe"), (train, "--tokenizer=klingon", "klingon"), (train, "--tokenizer=no.tiktoken", "no.tiktoken"),
+    (train, "--tokenizer=bad.tiktoken", "bad.tiktoken"), (train, "--out=text.txt", "text.txt"),
+    (train, "--resume --out=nowhere", "nowhere"), (train, "--resume --out=text.txt", "text.txt"),
+    (train, "--resume --n_layer=4", "--n_layer"), (train, "--resume --tokenizer=gpt2", "--tokenizer"),
+    (sample, "--nonsense=1", "--nonsense"), (sample, "--top_k=few", "--top_k"), (sample, "--out=nowhere", "nowhere"),
+    (sample, "--out=text.txt", "text.txt"), (sample, "--out=other.pt", "other.pt"), (sample, "--prompt=", "--prompt"),
+    (sample, "--prompt_file=missing.txt", "missing.txt"), (sample, "--prompt_file=empty.txt", "empty.txt"),
+    (sample, "--prompt_file=latin1.txt", "latin1.txt"), (sample, "--prompt=a --prompt_file=text.txt", "--prompt_file"),
+    (sample, "--n_samples=0", "--n_samples"), (sample, "--max_new_tokens=0", "--max_new_tokens"),
+    (sample, "--temperature=-1", "--temperature"), (sample, "--top_k=-1", "--top_k"), (sample, "--top_p=0", "--top_p"),
+    (sample, "--device=abacus", "abacus"),
+]
+
+
+@pytest.mark.parametrize("script, arguments, culprit", BAD, ids=[f"{s.__name__} {a}" for s, a, _ in BAD])
+def test_bad_input(script, arguments, culprit, run, tmp_path, capsys):
+    files = {"empty.txt": b"", "short.txt": b"short", "latin1.txt": "naïve".encode("latin1") * 99, "bad.tiktoken": b"? ?\n"}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "empty").mkdir()
+    torch.save({"format": "something else"}, "other.pt")
+    arguments = arguments.split()
+    if script is train and "--resume" not in arguments:
+        arguments = [*SMALL, *arguments]  # the last one wins
+    with pytest.raises(SystemExit) as stopped:
+        run(script, *arguments)
+    code, error = stopped.value.code, capsys.readouterr().err
+    if isinstance(code, str):  # Python prints it to stderr and exits with 1
+        code, error = 1, error + code
+    assert code not in (0, None)
+    assert len(error.strip().splitlines()) == 1 and culprit in error, error
+
+
+def test_resume_of_a_finished_run(run):
+    run(train, *SMALL)
+    with pytest.raises(SystemExit, match="6 steps.*--steps"):
+        run(train, "--resume")
+    run(train, "--resume", "--steps=7")
+    assert load("out")["step"] == 7
+
+
+@pytest.mark.parametrize("script, options", [(train, [train.Options, MoEUTConfig]), (sample, [sample.SampleOptions])])
+def test_help_lists_every_option(script, options, run, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(script, "--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert [f.name for cls in options for f in fields(cls) if f"--{f.name}" not in text] == []
