@@ -40,6 +40,9 @@ I inputs and O outputs.
 from __future__ import annotations
 
 import os
+import statistics
+import sys
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -100,7 +103,7 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 
     Args: expert, integer tensor of any shape with entries in [0, n_expert), slots in token-major order.
     """
-    expert = expert.flatten()
+    expert = expert.flatten().int()
     if expert.numel() <= FEW_SLOTS:
         return Routing(expert, *[expert.new_empty(0)] * 4)
     return Routing(expert, *_sort_slots(expert, n_expert))
@@ -228,7 +231,7 @@ def torch_ffn_backward(dout, x, h, w_up, w_down, gate, r: Routing):
         dh = torch.bmm(de, w_down[e].mT)                                         # [n, rows, F]
         _bmm_into(dw_down[e], he.mT, de)
         dot[rows] = (dh * he).sum(-1).flatten()
-        dz = dh.mul_(ge).mul_(he != 0)
+        dz = torch.ops.aten.threshold_backward.grad_input(dh.mul_(ge), he, 0, grad_input=dh)  # 0 where h is 0
         _bmm_into(dw_up[e], xe.mT, dz)
         torch.bmm(dz, w_up[e].mT, out=dxe)
     return _sum_slots(dx, r.row, gate.shape[1]), dw_up, dw_down, dot.index_select(0, r.row).view_as(gate)
@@ -694,15 +697,16 @@ def expert_ffn(
 ) -> Tensor:
     """out[n] = sum over k of gate[n, k] * relu(x[n] @ w_up[e]) @ w_down[e], with e = expert[n*K + k].
 
-    Args: x [N, C]; w_up [E, C, F]; w_down [E, F, C]; gate [N, K], float32; routing of N*K slots.
+    Args: x [N, C]; w_up [E, C, F]; w_down [E, F, C]; gate [N, K] >= 0, float32; routing of N*K slots.
     Returns [N, C] in the precision of the matmul. Differentiable in x, both weights and gate.
     Raises ValueError when the shapes do not fit.
     """
     w_up, w_down = (w if isinstance(w, Weight) else cast(w) for w in (w_up, w_down))
-    if gate.numel() != routing.expert.shape[0] or x.shape != (gate.shape[0], w_up.low.shape[1]):
+    (E, C, F_), m = w_up.low.shape, routing.expert.shape[0]
+    if gate.numel() != m or x.shape != (gate.shape[0], C) or w_down.low.shape != (E, F_, C):
         raise ValueError(
-            f"expert_ffn: x {tuple(x.shape)}, gate {tuple(gate.shape)} and w_up {tuple(w_up.low.shape)} "
-            f"do not fit {routing.expert.shape[0]} slots")
+            f"expert_ffn: x {tuple(x.shape)}, gate {tuple(gate.shape)}, w_up {(E, C, F_)} and "
+            f"w_down {tuple(w_down.low.shape)} do not fit each other and {m} slots")
     x = x.to(w_up.low.dtype)
     if not routing.slot.numel():
         h = cvmm_definition(x, w_up.param.to(x.dtype), routing.expert, gate.shape[1], 1).relu()
@@ -766,16 +770,8 @@ def expert_outputs(a: Tensor, w: Tensor | Weight, gate: Tensor, expert: Tensor) 
 
 
 # ---------------------------------------------------------------------------------------------------
-# The bench, `python cvmm.py`, and what the compiler makes of the kernels, `python cvmm.py --report`
-
-#           C     F    E   K  H    D   A  of the paper's models; J = 2
-SHAPES = {
-    "44M": (412, 128, 155, 12, 4, 82, 8),
-    "244M": (1024, 128, 387, 16, 4, 128, 10),
-    "1B": (1536, 128, 565, 24, 6, 128, 12),
-}
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-
+# What a GPU could do at best
+#
 # Dense bfloat16 / float16 TFLOP/s and memory GB/s from the vendors' data sheets, by part of the name
 PEAKS = {
     "H200": (989, 4800), "H100": (989, 3350), "A100": (312, 2039), "L40S": (362, 864), "RTX 4090": (165, 1008),
@@ -791,6 +787,17 @@ def device_peak(device: torch.device) -> tuple[float, float] | None:
             if part in name:
                 return tflops * 1e12, gigabytes * 1e9
 
+
+# ---------------------------------------------------------------------------------------------------
+# The bench, `python cvmm.py`, and what the compiler makes of the kernels, `python cvmm.py --report`
+
+#           C     F    E   K  H    D   A  of the paper's models; J = 2
+SHAPES = {
+    "44M": (412, 128, 155, 12, 4, 82, 8),
+    "244M": (1024, 128, 387, 16, 4, 128, 10),
+    "1B": (1536, 128, 565, 24, 6, 128, 12),
+}
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 
 def random_layer(C, F_, E, K, n_tokens, dtype, device, seed=0):
     """x, w_up, w_down, gate, expert, dout of a feedforward with random routing"""
@@ -882,23 +889,158 @@ def inspect(compiled) -> dict:
         atomics=count("RED", "REDG", "ATOM", "ATOMG", "ATOMS"))
 
 
-def report(shapes=tuple(SHAPES), tokens=(65536, 2048, 128), dtypes=(torch.bfloat16, torch.float16, torch.float32)):
-    """Compile every distinct launch of the shapes; print one line each. Returns the lines as dicts."""
-    lines, seen = [], {}
-    for dtype in dtypes:
-        for shape in shapes:
-            for n_tokens in tokens:
-                for kernel, _, tensors, rest, use in real_launches(shape, n_tokens, dtype):
+def report(only: list[str]):
+    """Compile every distinct launch of the shapes above for all targets and print a line for each.
+
+    only: names of shapes and of dtypes and numbers of tokens, to print less.
+    """
+    pick = lambda choices: [c for c in choices if c in only] or choices
+    print("first seen as: kernel, use, shape, tokens, dtype, rows of a tile, target")
+    seen = set()
+    for dtype in pick(["bfloat16", "float16", "float32"]):
+        for shape in pick(list(SHAPES)):
+            for n_tokens in pick(["65536", "2048", "128"]):
+                for kernel, _, tensors, rest, use in real_launches(shape, int(n_tokens), getattr(torch, dtype)):
                     for target in TARGETS if kernel else ():
                         key, build = compile_for(target, kernel, tensors, rest)
-                        if (target, key) in seen:
-                            continue
-                        compiled = seen[target, key] = build()
-                        facts = inspect(compiled) if target.startswith("sm") else {}
-                        line = dict(kernel=kernel.__name__, use=use, shape=shape, tokens=n_tokens,
-                                    dtype=str(dtype)[6:], BM=rest["BM"], target=target, **facts)
-                        if not lines:
-                            print("first seen as: kernel, use, shape, tokens, dtype, rows of a tile, target")
-                        print(", ".join(f"{k} {v}" if k in facts else f"{v}" for k, v in line.items()), flush=True)
-                        lines.append(line)
-    return lines
+                        if (target, key) not in seen:
+                            seen.add((target, key))
+                            compiled = build()
+                            facts = inspect(compiled) if target.startswith("sm") else {}
+                            print(kernel.__name__, use, shape, n_tokens, dtype, rest["BM"], target,
+                                  *(f"{k} {v}" for k, v in facts.items()), sep=", ", flush=True)
+
+
+def in_turn(functions: dict, rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each function, run in turn, A B C A B C ..., after two rounds of warmup."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = {name: [] for name in functions}
+    for round_ in range(rounds + 2):
+        for name, function in functions.items():
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            if round_ >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def verify(device: torch.device):
+    """The feedforward and the attention matmuls against the definition, and two runs against each other."""
+    for dtype, tolerance in ((torch.float32, 2e-3), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
+        for C, F_, E, K, n in ((64, 32, 7, 3, 111), (412, 128, 155, 12, 300), (256, 128, 64, 8, 2048)):
+            *inputs, expert, dout = random_layer(C, F_, E, K, n, dtype, device)
+            inputs = [t.requires_grad_() for t in inputs]
+            exact = [t.detach().double().requires_grad_() for t in inputs]
+            flat = expert.flatten()
+
+            def run():
+                y = expert_ffn(*inputs, route(expert, E))
+                z = cvmm(inputs[0], inputs[1], route(expert, E), K, 1)
+                return [y, z, *torch.autograd.grad((y, z), inputs, (dout, torch.ones_like(z)))]
+
+            h = cvmm_definition(exact[0], exact[1], flat, K, 1)
+            y = cvmm_definition(h.relu() * exact[3].view(-1, 1), exact[2], flat, 1, K)
+            want = [y, h, *torch.autograd.grad((y, h), exact, (dout.double(), torch.ones_like(h)))]
+            one, two = run(), run()
+            error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(one, want))
+            same = all(torch.equal(a, b) for a, b in zip(one, two))
+            print(f"{str(dtype)[6:]:9} C {C}, F {F_}, E {E}, K {K}, {n} tokens: largest error {error:.1e} of the "
+                  f"largest value (at most {tolerance:.0e}), two runs {'equal' if same else 'DIFFER'}")
+            if not (error < tolerance and same):
+                sys.exit("The kernels are wrong on this device: do not use them.")
+
+
+def bench():
+    """Time the feedforward of the paper's models, or of smaller ones on a CPU, against what it replaces."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = device_peak(device)
+    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'no GPU: the PyTorch path on the CPU, at small sizes'}"
+          f", torch {torch.__version__}, path: {backend(device)}")
+    if peak:
+        print(f"roofline: {peak[0] / 1e12:.0f} TFLOP/s and {peak[1] / 1e9:.0f} GB/s")
+    verify(device)
+    if device.type == "cuda":
+        shapes = {name: (C, F_, E, K, 32768) for name, (C, F_, E, K, *_) in SHAPES.items()}
+        dtypes, rounds = (torch.bfloat16,), 20
+    else:
+        shapes = {"small": (256, 128, 64, 8, 2048), "44M-like": (256, 128, 155, 12, 2048)}
+        dtypes, rounds = (torch.float32, torch.bfloat16), 9
+    for name, (C, F_, E, K, n) in shapes.items():
+        for dtype in dtypes:
+            bench_layer(name, C, F_, E, K, n, dtype, device, rounds, peak)
+
+
+def bench_layer(name, C, F_, E, K, n, dtype, device, rounds, peak):
+    print(f"\n{name}: C {C}, F {F_}, E {E}, K {K}, {n} tokens, {str(dtype)[6:]}")
+    x, w_up, w_down, gate, expert, dout = random_layer(C, F_, E, K, n, dtype, device)
+    inputs = [t.requires_grad_() for t in (x, w_up, w_down, gate)]
+    dense = [t.requires_grad_() for t in (w_up[:K].detach().transpose(0, 1).flatten(1), w_down[:K].detach().flatten(0, 1))]
+
+    def experts():
+        return expert_ffn(*inputs, route(expert, E))
+
+    def dense_pair():
+        return (x @ dense[0]).relu() @ dense[1]
+
+    def loop():
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, k = (expert == e).nonzero(as_tuple=True)
+            h = (x[token] @ w_up[e]).relu() * gate[token, k, None].to(dtype)
+            out = out.index_add(0, token, h @ w_down[e])
+        return out
+
+    def grouped_mm():
+        order = expert.flatten().argsort(stable=True)
+        ends = torch.bincount(expert.flatten(), minlength=E).cumsum(0).int()
+        h = F.grouped_mm(x[order // K], w_up, offs=ends).relu() * gate.flatten()[order, None].to(dtype)
+        y = torch.empty(n * K, C, dtype=dtype, device=device)
+        return y.index_copy(0, order, F.grouped_mm(h, w_down, offs=ends)).view(n, K, C).sum(1)
+
+    rivals = {"experts": experts, "dense pair": dense_pair, "loop": loop}
+    try:
+        grouped_mm()
+        rivals["grouped_mm"] = grouped_mm
+    except (RuntimeError, AttributeError) as e:
+        print(f"grouped_mm does not take these shapes: {str(e).splitlines()[0]}")
+
+    def forward(function):
+        with torch.no_grad():
+            function()
+
+    def both(function):
+        parameters = [x, *dense] if function is dense_pair else inputs
+        torch.autograd.grad(function(), parameters, dout)
+
+    flops = 4 * n * K * C * F_
+    for use, run, factor in (("forward", forward, 1), ("forward + backward", both, 3)):
+        t = in_turn({rival: (lambda f=f: run(f)) for rival, f in rivals.items()}, rounds, device)
+        ratios = ", ".join(f"{t['experts'] / t[rival]:.2f} x {rival}" for rival in rivals if rival != "experts")
+        roof = f", {factor * flops / t['experts'] / peak[0]:.0%} of the FLOP roofline" if peak else ""
+        print(f"{use:20} {t['experts'] * 1e3:8.2f} ms {factor * flops / t['experts'] / 1e12:7.2f} TFLOP/s{roof}; time is {ratios}")
+    if backend(device) != "Triton":
+        return
+    launches = []
+    listeners.append(lambda *launched: launches.append(launched))
+    both(experts)
+    listeners.pop()
+    for kernel, programs, tensors, rest in launches:
+        if kernel:
+            seconds = in_turn({"": lambda: kernel[(programs,)](**tensors, **rest)}, rounds, device)[""]
+            work = 2 * n * K * C * F_
+            roof = max(work / peak[0], n_bytes(tensors) / peak[1]) / seconds if peak else None
+            print(f"  {kernel.__name__:12} {rest.get('EPILOGUE', ''):14} {seconds * 1e3:8.3f} ms {work / seconds / 1e12:6.0f} TFLOP/s "
+                  f"{n_bytes(tensors) / seconds / 1e9:6.0f} GB/s" + (f" {roof:5.0%} of the roofline" if peak else ""))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--report"]:
+        if not triton:
+            sys.exit("--report needs triton, which is not installed here.")
+        report(sys.argv[2:])
+    elif sys.argv[1:]:
+        sys.exit("python cvmm.py runs the bench; python cvmm.py --report shows what the kernels compile to.")
+    else:
+        bench()

@@ -33,7 +33,7 @@ a tokenizer (see train.py).
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Iterator, NamedTuple
 
 import torch
@@ -237,21 +237,17 @@ def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def usage(logits: Tensor) -> Tensor:
-    """Log of the mean probability of each expert over time: [B, T, ..., E] -> [B, ..., E].
+    """Mean probability of each expert over time: [B, T, ..., E] -> [B, ..., E]. A softmax over all experts,
+    although the gate is a sigmoid."""
+    return logits.softmax(-1).mean(1)
 
-    A softmax over all experts, although the gate is a sigmoid; in log space, in float32.
+
+def negative_entropy(p: Tensor) -> Tensor:
+    """sum_e p_e log p_e: 0 when one expert takes all, -log E when all are used alike.
+
+    A p that has underflowed adds nothing, and neither does its gradient, which is of the order of p.
     """
-    return logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
-
-
-def log_mean(log_p: list[Tensor]) -> Tensor:
-    """Log of the mean of probabilities given by their logs."""
-    return torch.stack(log_p).logsumexp(0) - math.log(len(log_p))
-
-
-def negative_entropy(log_p: Tensor) -> Tensor:
-    """sum_e p_e log p_e: 0 when one expert takes all, -log E when all are used alike."""
-    return (log_p.exp() * log_p).sum(-1)
+    return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -523,9 +519,9 @@ class MoEUT(nn.Module):
         total = like.new_zeros((), dtype=torch.float32)
         for att, ffn in zip(att_usage, ffn_usage):  # of all repeats of one layer
             if att and att[0] is not None:                                       # [B, 2, H, A] each
-                total = total + self.config.att_reg * negative_entropy(log_mean(att)).mean((0, 2)).sum()
+                total = total + self.config.att_reg * negative_entropy(torch.stack(att).mean(0)).mean((0, 2)).sum()
             if ffn and ffn[0] is not None:                                       # [B, E] each
-                total = total + self.config.ffn_reg * negative_entropy(log_mean(ffn)).mean()
+                total = total + self.config.ffn_reg * negative_entropy(torch.stack(ffn).mean(0)).mean()
         return total
 
     @torch.inference_mode()

@@ -10,7 +10,9 @@ import base64
 import math
 import os
 import random
+import re
 import signal
+import subprocess
 import sys
 from dataclasses import fields
 
@@ -18,6 +20,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # lets the kernels run on a CPU; Triton must not be imported yet
 
 import cvmm
 import moeut
@@ -51,7 +56,8 @@ def output_and_grads(f, *inputs, transposed=False):
 
 
 def grads_of(loss, model):
-    return dict(zip((n for n, _ in model.named_parameters()), torch.autograd.grad(loss, list(model.parameters()))))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -212,37 +218,31 @@ def test_expert_values_and_outputs(few_slots, all_experts, device, monkeypatch):
                            a, w_o, gate))
 
 
-def test_gradcheck(always_sort, monkeypatch):
+FUNCTIONS = ["cvmm", "expert_ffn", "expert_values", "expert_outputs"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("all_experts", [0, 10**9], ids=["sorted", "all"])
+def test_gradcheck(name, all_experts, always_sort, monkeypatch):
     """Finite differences in float64: the one reference that shares nothing with autograd."""
-    check = lambda f, *inputs: torch.autograd.gradcheck(f, [t.double().requires_grad_() for t in inputs])
-    for fans in ((3, 1), (1, 2)):
-        x, w, expert = slots(fans, "random", "cpu", n_token=5, n_in=3, n_out=4, n_expert=4)
-        assert check(lambda x, w: cvmm.cvmm(x, w, cvmm.route(expert, 4), *fans), x, w)
-    *inputs, expert = ffn_inputs(N=5, C=4, n_hidden=3, E=4, K=2)
-    assert check(ffn(expert, 4), *inputs)
-    for all_experts in (0, 10**9):
-        monkeypatch.setattr(cvmm, "ALL_EXPERTS", all_experts)
-        x, a, w_v, w_o, gate, expert = attention_inputs("cpu", N=4, C=3, D=2)
-        assert check(lambda x, w, gate: cvmm.expert_values(x, w, gate, expert), x, w_v, gate)
-        assert check(lambda a, w, gate: cvmm.expert_outputs(a, w, gate, expert), a, w_o, gate)
+    monkeypatch.setattr(cvmm, "ALL_EXPERTS", all_experts)
+    f, *inputs = everything("cpu", small=True)[name]
+    assert torch.autograd.gradcheck(f, [t.double().requires_grad_() for t in inputs])
 
 
 # The public functions as f(x, w, ...), with inputs: for the tests that treat them all alike
 
 
-def everything(device):
-    x, w, slot_expert = slots((3, 1), "random", device)
-    *ffn_in, ffn_expert = ffn_inputs(device)
-    xa, a, w_v, w_o, gate, expert = attention_inputs(device)
+def everything(device, small=False):
+    x, w, slot_expert = slots((3, 1), "random", device, **dict(n_token=5, n_in=3, n_out=4) if small else {})
+    *ffn_in, ffn_expert = ffn_inputs(device, **dict(N=5, C=4, n_hidden=3, K=2) if small else {})
+    xa, a, w_v, w_o, gate, expert = attention_inputs(device, **dict(N=4, C=3, D=2) if small else {})
     return {
         "cvmm": (lambda x, w: cvmm.cvmm(x, w, cvmm.route(slot_expert, 11), 3, 1), x, w),
         "expert_ffn": (ffn(ffn_expert, 7), *ffn_in),
         "expert_values": (lambda x, w, gate: cvmm.expert_values(x, w, gate, expert), xa, w_v, gate),
         "expert_outputs": (lambda a, w, gate: cvmm.expert_outputs(a, w, gate, expert), a, w_o, gate),
     }
-
-
-FUNCTIONS = ["cvmm", "expert_ffn", "expert_values", "expert_outputs"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -254,7 +254,7 @@ def test_bfloat16(name, device, path):
     with torch.autocast(device, torch.bfloat16):
         ours = output_and_grads(f, *inputs)
     assert ours[0].dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in ours[1:])
-    for a, b in zip(ours, output_and_grads(f, *inputs)):
+    for a, b in zip(ours, output_and_grads(f, *inputs), strict=True):
         error = ((a.float() - b).norm() / b.norm()).item()
         assert 1e-5 < error < 6e-3, error
     with torch.autocast(device, torch.bfloat16):  # activations in bfloat16 already, as inside a model
@@ -294,7 +294,7 @@ def test_weight_gradients_are_float32_at_least(dtype, always_sort):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_two_runs_are_equal_bit_for_bit(name, device, path):
     f, *inputs = everything(device)[name]
-    for a, b in zip(output_and_grads(f, *inputs), output_and_grads(f, *inputs)):
+    for a, b in zip(output_and_grads(f, *inputs), output_and_grads(f, *inputs), strict=True):
         assert torch.equal(a, b)
 
 
@@ -315,7 +315,12 @@ def test_bad_shapes(path):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["sort_slots", "matmul", "matmul_dw", "ffn", "ffn_backward"])
 def test_custom_op(name, device, always_sort):
-    """Schema and shape function, without which torch.compile breaks."""
+    check_custom_op(name, device)
+
+
+def check_custom_op(name, device):
+    """Schema and shape function, without which torch.compile breaks. The last check compares values, but
+    ffn leaves the rows of h that belong to no slot as they are."""
     x, w, expert = slots((3, 1), "random", device)
     dout = torch.randn(len(expert), 23, device=device)
     r = cvmm.route(expert, 11)
@@ -329,7 +334,167 @@ def test_custom_op(name, device, always_sort):
         "ffn": (ffn_x, w_up, w_down, gate, *ffn_r),
         "ffn_backward": (torch.randn_like(ffn_x), ffn_x, h, w_up, w_down, gate, *ffn_r),
     }
-    torch.library.opcheck(getattr(torch.ops.moeut, name).default, args[name])
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    if name == "ffn":
+        checks = checks[:-1]
+    torch.library.opcheck(getattr(torch.ops.moeut, name).default, args[name], test_utils=checks)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The Triton kernels: on a GPU, or in Triton's interpreter, which runs the same code on CPU tensors
+
+needs_triton = pytest.mark.skipif(cvmm.triton is None, reason="triton is not installed")
+KERNEL_DEVICE = DEVICES[-1]
+
+
+@pytest.fixture
+def kernels(monkeypatch, always_sort):
+    monkeypatch.setattr(cvmm, "ALL_EXPERTS", 0)
+    monkeypatch.setattr(cvmm, "force", "Triton")
+
+
+def check_kernels(f, reference, inputs, dtype):
+    """f in `dtype` against the reference in float32 on the same numbers, output and all gradients."""
+    low = [t.to(dtype) if i < 3 or t.dim() == 3 else t for i, t in enumerate(inputs)]
+    ours = [t.float() for t in output_and_grads(f, *low)]
+    close(ours, output_and_grads(reference, *(t.float() for t in low)),
+          {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fans, choice, sizes", [
+    ((3, 1), "random", {}), ((1, 3), "skewed", {}), ((8, 1), "gaps", {}), ((1, 8), "one", {}),
+    ((3, 1), "random", dict(n_token=1)), ((1, 3), "random", dict(n_in=1, n_out=1, n_expert=1)),
+    ((2, 1), "random", dict(n_in=48, n_out=150, n_expert=3)), ((1, 2), "even", dict(n_in=150, n_out=64, n_expert=3)),
+], ids=str)
+def test_kernels(fans, choice, sizes, dtype, kernels):
+    """Odd sizes, several tiles and blocks, empty experts, one that takes all, a single token."""
+    if choice == "one":
+        sizes = dict(n_expert=5)
+    x, w, expert = slots(fans, choice, KERNEL_DEVICE, **sizes)
+    w = w / w.shape[1] ** 0.5
+    r = cvmm.route(expert, len(w))
+    check_kernels(lambda x, w: cvmm.cvmm(x, w, r, *fans), lambda x, w: cvmm.cvmm_definition(x, w, expert, *fans),
+                  [x, w], dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("choice, sizes", [
+    ("random", {}), ("one", {}), ("gaps", dict(N=1)), ("skewed", dict(N=70, C=50, n_hidden=150, E=9, K=4)),
+], ids=str)
+def test_ffn_kernels(choice, sizes, dtype, kernels):
+    x, w_up, w_down, logits, expert = ffn_inputs(KERNEL_DEVICE, choice, **sizes)
+    inputs = [x.to(dtype).float(), w_up / w_up.shape[1] ** 0.5, w_down / w_down.shape[1] ** 0.5, logits]
+    # A hidden unit whose sign depends on rounding has no gradient to compare: keep away from zero.
+    z = cvmm.cvmm_definition(x.to(dtype).float(), inputs[1].to(dtype).float(), expert, logits.shape[1], 1)
+    assert z.abs().min() > 1e-6
+    check_kernels(ffn(expert, len(w_up)), ffn_reference(expert), inputs, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["sort_slots", "matmul", "matmul_dw", "ffn", "ffn_backward"])
+def test_custom_op_with_kernels(name, kernels):
+    check_custom_op(name, KERNEL_DEVICE)
+
+
+@needs_triton
+def test_few_columns_at_a_time(kernels, monkeypatch):
+    """A smaller bound on the memory of the slots changes no bit."""
+    x, w, expert = slots((1, 3), "random", KERNEL_DEVICE, n_in=32, n_out=400)
+    seen = []
+    monkeypatch.setattr(cvmm, "listeners", [lambda kernel, _, tensors, __: seen.append(tensors["out"].nbytes) if kernel else 0])
+    results = []
+    for bound in (2**31, 1):
+        monkeypatch.setattr(cvmm, "SLOT_BYTES", bound)
+        results.append(cvmm.cvmm(x, w, cvmm.route(expert, 11), 1, 3))
+    assert torch.equal(*results)
+    assert len(seen) == 1 + 4 and max(seen[1:]) == len(expert) * 128 * 4
+
+
+@needs_triton
+def test_offsets_beyond_32_bits(kernels):
+    """Rows and experts 2^30 numbers apart: the third begins where 32-bit integers end."""
+    rows = torch.empty(2**31 + 2**12, dtype=torch.float16, device=KERNEL_DEVICE)  # of which a few pages are touched
+    far = torch.empty(2**31 + 2**12, dtype=torch.float16, device=KERNEL_DEVICE)
+    x, w = rows.as_strided((3, 16), (2**30, 1)), far.as_strided((3, 16, 32), (2**30, 32, 1))
+    x.copy_(torch.randn(3, 16))
+    w.copy_(torch.randn(3, 16, 32) / 4)
+    expert = torch.tensor([0, 1, 2, 2, 2, 0], device=KERNEL_DEVICE)
+    r = cvmm.route(expert, 3)
+    inputs = [x.detach().requires_grad_(), w.detach().requires_grad_()]
+    near = [t.detach().float().contiguous().requires_grad_() for t in (x, w)]
+    dout = torch.randn(6, 32, device=KERNEL_DEVICE)
+    y, y_near = cvmm.cvmm(*inputs, r, 2, 1), cvmm.cvmm_definition(*near, expert, 2, 1)
+    ours = [y, *torch.autograd.grad(y, inputs, dout.half())]
+    close([t.float() for t in ours], [y_near, *torch.autograd.grad(y_near, near, dout)], 2e-3)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_model_trains_through_the_kernels(dtype, kernels, monkeypatch):
+    """A few steps of a whole model, kernels against PyTorch: the same losses."""
+    def losses(path):
+        monkeypatch.setattr(cvmm, "force", path)
+        torch.manual_seed(0)
+        model = MoEUT(tiny(n_layer=2, group_size=1)).to(KERNEL_DEVICE)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        idx = tokens(2, 17).to(KERNEL_DEVICE)
+        for _ in range(3):
+            with torch.autocast(KERNEL_DEVICE, dtype, enabled=dtype != torch.float32):
+                _, loss, reg = model(idx[:, :-1], idx[:, 1:])
+            optimizer.zero_grad()
+            (loss + reg).backward()
+            optimizer.step()
+            yield loss.item()
+
+    ours, theirs = list(losses("Triton")), list(losses("PyTorch"))
+    assert ours == pytest.approx(theirs, rel=1e-5 if dtype == torch.float32 else 5e-3)
+    assert ours[2] < ours[0] - 0.1
+
+
+@needs_triton
+def test_bytes_that_the_kernels_move():
+    """The feedforward of the 244M model on 65,536 tokens: every tensor of a launch counted once. The [M, C]
+    rows of down and of dx, written and read again for their sum, are 8.6 GB of it."""
+    launches = cvmm.real_launches("244M", 65536, torch.bfloat16)
+    assert sum(cvmm.n_bytes(tensors) for _, _, tensors, _, use in launches if use.startswith("ffn")) <= 12.5e9
+
+
+@needs_triton
+def test_bytes_saved_for_backward(kernels):
+    """Width, experts per token and expert size of the 244M model, under autocast; the weights' copies, which
+    all repeats share, are not counted."""
+    N, C, K, E = 64, 1024, 16, 20
+    x, w_up, w_down = torch.randn(N, C), torch.randn(E, C, 128), torch.randn(E, 128, C)
+    gate, expert = torch.rand(N, E).topk(K)
+    saved = {}
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = cvmm.cast(w_up.requires_grad_()), cvmm.cast(w_down.requires_grad_())
+        copies = {w.low.data_ptr() for w in weights}
+        r = cvmm.route(expert, E)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+            cvmm.expert_ffn(x.bfloat16().requires_grad_(), *weights, gate.requires_grad_(), r)
+    table = r.table.nbytes + r.offsets.nbytes  # of the order of the number of experts, not of tokens
+    assert (sum(t.nbytes for p, t in saved.items() if p not in copies) - table) / N <= 6500
+
+
+@pytest.mark.skipif(cvmm.triton is None or sys.platform != "linux", reason="needs triton, with its cuobjdump")
+def test_what_the_kernels_compile_to():
+    """Ahead of time, for the 44M, 244M and 1B models: no spills, tensor cores, asynchronous copies, no atomics."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cvmm.py")
+    out = subprocess.run([sys.executable, script, "--report", "bfloat16", "65536"], env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    lines = [line for line in out.stdout.splitlines() if "_kernel," in line]
+    found = {target: [line for line in lines if f", {target}" in line] for target in cvmm.TARGETS}
+    assert len(found["sm_80"]) == len(found["sm_90"]) == len(found["gfx942"]) >= 8
+    for target, mma in (("sm_80", "HMMA"), ("sm_90", "HGMMA")):
+        for line in found[target]:
+            count = lambda name: int(re.search(rf"\b{name} (\d+)", line)[1])
+            assert count("stack") == 0 and count("atomics") == 0, line
+            assert count(mma) > 0 and count("async_copies") > 0, line
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -355,12 +520,12 @@ FAMILY = {
 family = pytest.mark.parametrize("changes", FAMILY.values(), ids=FAMILY)
 
 
-def make(config, lively=True) -> MoEUT:
-    """A model in float64. At its initialisation it does little: larger weights make errors visible."""
+def make(config) -> MoEUT:
+    """A model in float64, routers apart. At its initialisation it does little: larger weights make errors visible."""
     model = MoEUT(config).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if lively and "layers" in name:
+            if "layers" in name:
                 p.mul_(2).add_(0.1 * torch.randn_like(p))
     return model
 
@@ -404,7 +569,8 @@ def test_unknown_preset():
 def test_macs_of_the_paper():
     """The appendix: MoEUT needs 0.88 of the dense model's multiplications at 44M and 0.60 at 244M."""
     ratio = lambda size: preset(f"moeut-{size}").macs_per_token() / preset(f"dense-{size}").macs_per_token()
-    assert ratio("44M") == pytest.approx(0.88, abs=0.005) and ratio("244M") == pytest.approx(0.60, abs=0.005)
+    assert ratio("44M") == pytest.approx(0.88, abs=0.01)
+    assert ratio("244M") == pytest.approx(0.60, abs=0.01)
 
 
 def equations(model, idx):
@@ -423,7 +589,8 @@ def equations(model, idx):
         return torch.where(logits >= logits.topk(k).values[..., -1:], logits.sigmoid(), 0)
 
     def attention(a, x, n):
-        q, k = (rope(t) for t in torch.einsum("btc,shdc->sbhtd", n, p[f"{a}.qk.weight"].view(2, c.n_head, -1, c.n_embd)))
+        w_qk = p[f"{a}.qk.weight"].view(2, c.n_head, -1, c.n_embd)
+        q, k = (rope(t) for t in torch.einsum("btc,shdc->sbhtd", n, w_qk))
         logits = (n @ p[f"{a}.router.weight"].T).view(*n.shape[:2], 2, c.n_head, c.n_att_expert)
         s_v, s_o = gates(logits, c.att_top_k).unbind(2)                                  # [B, T, H, A] both
         w_v, w_o = (p[f"{a}.{w}"].unflatten(0, (c.n_head, -1)) for w in ("w_v", "w_o"))
@@ -456,8 +623,7 @@ def test_equations_of_the_paper(layernorm):
     close([logits], [expected])
     expected_loss = -expected.log_softmax(-1).gather(-1, targets[..., None]).mean()
     close([loss.double()], [expected_loss])
-    ours, theirs = grads_of(loss, model), grads_of(expected_loss, model)
-    close(ours.values(), theirs.values())
+    close(grads_of(loss, model).values(), grads_of(expected_loss, model).values(), 1e-4)
 
 
 @family
@@ -483,14 +649,14 @@ def test_causal(changes):
     changed = idx.clone()
     changed[:, 9] = (idx[:, 9] + 1) % 33
     a, b = model(idx).logits, model(changed).logits
-    close([a[:, :9]], [b[:, :9]], 1e-6)
+    close([a[:, :9]], [b[:, :9]])
     assert ((a - b)[:, 9:].abs().amax((0, 2)) > 1e-4).all()
 
 
 @family
 def test_one_sequence_does_not_see_another(changes):
     model, idx = make(tiny(**changes)).eval(), tokens(3, 16)
-    close([model(idx).logits], [torch.cat([model(i[None]).logits for i in idx])], 1e-6)
+    close([model(idx).logits], [torch.cat([model(i[None]).logits for i in idx])])
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(group_size=1), dict(n_layer=6), FAMILY["Universal Transformer"]])
@@ -503,7 +669,7 @@ def test_weights_are_shared(changes):
     for i in range(L):
         unrolled.layers[i].load_state_dict(shared.layers[i % G].state_dict())
     idx, targets = tokens(2, 16), tokens(2, 16)
-    close([shared(idx).logits], [unrolled(idx).logits], 1e-6)
+    close([shared(idx).logits], [unrolled(idx).logits])
     total = {}
     for name, grad in grads_of(unrolled(idx, targets).loss, unrolled).items():
         if name.startswith("layers."):
@@ -511,7 +677,7 @@ def test_weights_are_shared(changes):
             name = f"layers.{int(i) % G}.{rest}"
         total[name] = total.get(name, 0) + grad
     ours = grads_of(shared(idx, targets).loss, shared)
-    close(ours.values(), [total[name] for name in ours], 1e-6)
+    close(ours.values(), [total[name] for name in ours])
 
 
 def test_depth_costs_no_parameters():
@@ -528,7 +694,7 @@ def test_cache(changes, chunks):
     cache = KVCache(model.config, 2, 40, dtype=torch.float64)
     with torch.no_grad():
         logits = torch.cat([model(part, cache=cache).logits for part in idx.split(chunks, dim=1)], dim=1)
-    close([logits], [model(idx).logits], 1e-6)
+    close([logits], [model(idx).logits])
     with pytest.raises(ValueError, match="capacity"):
         model(idx[:, :1], cache=cache)
 
@@ -616,7 +782,8 @@ def test_initialisation(moe):
     expected = {
         "embedding.weight": 1 / 16, "head.weight": 1 / 16 / math.sqrt(3), "head.bias": 1 / 16 / math.sqrt(3),
         "attention.qk.weight": a / 16, "attention.router.weight": a / 16, "attention.w_v": a / 16,
-        "attention.w_o": a / math.sqrt(4 * 32), "attention.v.weight": a / 16, "attention.o.weight": a / math.sqrt(4 * 32),
+        "attention.w_o": a / math.sqrt(4 * 32), "attention.v.weight": a / 16,
+        "attention.o.weight": a / math.sqrt(4 * 32),
         "ffn.router.weight": a / 16, "ffn.w_up": a / 16, "ffn.w_down": a / math.sqrt(16 * 64),
         "ffn.up.weight": a / 16, "ffn.up.bias": 0, "ffn.down.weight": a / math.sqrt(384), "ffn.down.bias": 0,
     }
@@ -644,7 +811,7 @@ def test_recompute():
     kept = loss_and_grads(model, idx, targets)
     assert len(calls) == 2
     model.recompute = True
-    close(kept, loss_and_grads(model, idx, targets), 1e-7)
+    close(kept, loss_and_grads(model, idx, targets))
     assert len(calls) == 2 + 4
 
 
@@ -715,17 +882,13 @@ def test_from_official():
     assert theirs == before  # the caller's dict is left alone
     assert sum(t.numel() for t in theirs.values()) == model.n_params()
     for g, layer in enumerate(model.layers):
-        get = lambda name: theirs[f"transformer.layers.{g}.{name}"]
-        pairs = [(layer.attention.qk.weight[:30], "attention.q.weight"), (layer.attention.qk.weight[30:], "attention.k.weight"),
-                 (layer.attention.router.weight[:12], "attention.sel_v"), (layer.attention.router.weight[12:], "attention.sel_o"),
-                 (layer.attention.w_v, "attention.v"), (layer.attention.w_o, "attention.o"),
-                 (layer.ffn.w_up, "ffn.keys"), (layer.ffn.w_down, "ffn.values"), (layer.ffn.router.weight, "ffn.expert_sel"),
-                 (layer.ln1.weight, "ln1.weight"), (layer.ln1.bias, "ln1.bias"), (layer.ln2.weight, "ln2.weight"),
-                 (layer.ln2.bias, "ln2.bias")]
-        assert [name for ours, name in pairs if not torch.equal(ours, get(name))] == []
-    for ours, name in ((model.embedding.weight, "embedding.weight"), (model.ln.weight, "out_norm.weight"),
-                       (model.ln.bias, "out_norm.bias"), (model.head.weight, "lm_head.weight"), (model.head.bias, "lm_head.bias")):
-        assert torch.equal(ours, theirs[name])
+        att, moe, ln1, ln2 = layer.attention, layer.ffn, layer.ln1, layer.ln2
+        ours = [*att.qk.weight.split(30), att.w_v, att.w_o, *att.router.weight.split(12),
+                moe.w_up, moe.w_down, moe.router.weight, ln1.weight, ln1.bias, ln2.weight, ln2.bias]
+        for t, name in zip(ours, OFFICIAL, strict=True):
+            assert torch.equal(t, theirs[f"transformer.layers.{g}.{name}"]), name
+    for ours, name in ((model.embedding, "embedding"), (model.ln, "out_norm"), (model.head, "lm_head")):
+        assert all(torch.equal(t, theirs[f"{name}.{part}"]) for part, t in ours.named_parameters()), name
 
 
 @pytest.mark.parametrize("change, named", [
@@ -733,7 +896,7 @@ def test_from_official():
     (lambda s: s.update(extra=torch.zeros(1)), "extra"),
     (lambda s: s.update({"transformer.layers.2.ffn.keys": torch.zeros(6, 20, 7)}), "layers.2.ffn.keys"),
     (lambda s: s.update({"transformer.layers.0.ffn.keys": torch.zeros(6, 20, 8)}), "w_up"),
-    (lambda s: s.update({"transformer.layers.0.attention.q.weight": torch.zeros(30, 21)}), "attention"),
+    (lambda s: s.update({"transformer.layers.0.attention.q.weight": torch.zeros(30, 21)}), "weights"),
 ], ids=["missing", "extra", "a third layer", "wrong size", "wrong width"])
 def test_from_official_refuses(change, named):
     theirs = official_state()
@@ -870,12 +1033,16 @@ def test_resume_changes_no_bit(run, monkeypatch, capsys):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_accumulation_changes_nothing(run):
-    """Sequences at a time are a matter of memory; only the entropy is not a mean over sequences' losses alone."""
+def test_accumulation_changes_nothing(run, capsys):
+    """How many sequences are taken at a time is a matter of memory only. The gradient norms are compared as
+    well: clipping and Adam would hide a wrong scale from the weights."""
+    norms = []
     for n in (1, 4):
         run(train, *SMALL, f"--batch_size={n}", f"--out=by{n}", "--steps=2")
-    a, b = load("by1")["model"], load("by4")["model"]
-    close(a.values(), b.values(), 1e-4)
+        norms.append([float(line.split("grad ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines()
+                      if ", grad " in line])
+    close(load("by1")["model"].values(), load("by4")["model"].values(), 1e-4)
+    assert len(norms[0]) == 2 and norms[0] == pytest.approx(norms[1], abs=0.02)
 
 
 def test_recompute_option(run):
@@ -906,7 +1073,7 @@ def rank_file(path, extra=(b"th", b"the", b" t"), singles=range(256)):
 
 def test_bytes_round_trip():
     rng = random.Random(0)
-    characters = [*map(chr, range(128)), *"äß€漢字🙂👩‍👩‍👧", "\u2028", "\r\n", "\U0010ffff", "<|endoftext|>"]
+    characters = [*map(chr, range(128)), *"äß€漢字🙂", "\u200d", "\u2028", "\U0010ffff", "<|endoftext|>"]
     t = byte_tokenizer()
     for _ in range(50):
         text = "".join(rng.choices(characters, k=rng.randrange(200)))
@@ -958,8 +1125,9 @@ def test_token_cache(tmp_path, monkeypatch):
     path.write_text("hgfedcba\n" * 40)  # as long as before
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert corpus(tmp_path).train[0] == ord("h") and cached() == 2
-    other = train.Tokenizer(train.load_tokenizer(rank_file(tmp_path / "own.tiktoken", extra=(b"hg",))))
-    assert corpus(tmp_path, tokenizer=other).train[0] == 256 and cached() == 3
+    for n, (merge, first) in enumerate([(b"hg", 256), (b"gf", ord("h"))]):  # tokenizers that differ in one rank
+        other = train.Tokenizer(train.load_tokenizer(rank_file(tmp_path / "own.tiktoken", extra=(merge,))))
+        assert corpus(tmp_path, tokenizer=other).train[0] == first and cached() == 3 + n
 
 
 @pytest.mark.parametrize("pad", range(4))
@@ -968,7 +1136,8 @@ def test_last_tenth_of_a_file_is_for_validation(pad, tmp_path):
     text = "x" * pad + "🙂" * 100
     (tmp_path / "text.txt").write_text(text)
     c = corpus(tmp_path)
-    assert c.train.tobytes() and bytes(c.train.astype(np.uint8)).decode() + bytes(c.val[:-1].astype(np.uint8)).decode() == text
+    decode = lambda ids: bytes(ids.tolist()).decode()
+    assert decode(c.train) + decode(c.val[:-1]) == text
     assert c.val[-1] == 256 and 256 not in c.train and len(c.val) == pytest.approx(len(text.encode()) / 10, abs=5)
     assert c.bytes_per_token["train"] == 1 and c.bytes_per_token["val"] == pytest.approx(1, abs=0.05)
 
@@ -1005,7 +1174,7 @@ def test_windows_visit_everything_once_per_epoch(length):
         first = x[:, 0].sort().values
         assert (first.diff() == block).all() and len(first) == n
         starts.append(x[:, 0].tolist())
-        for number, row in zip(numbers, x):  # whatever the batch
+        for number, row in zip(numbers, x, strict=True):  # whatever the batch
             assert torch.equal(train.windows(data, block, [number], 0, CPU)[0][0], row)
     if n > 5:
         assert starts[0] != starts[1] and starts[0] != sorted(starts[0])
@@ -1017,13 +1186,12 @@ def test_evaluate():
     model, data = MoEUT(tiny()), np.random.default_rng(0).integers(33, size=200).astype(np.uint16)
     results = [train.evaluate(model, data, 112, b, lambda: torch.autocast("cpu", enabled=False)) for b in (1, 3, 7)]
     assert all(r == pytest.approx(results[0]) for r in results) and model.training
-    x, y = (torch.from_numpy(np.stack([data[s + i:s + i + 16] for s in np.linspace(0, 183, 7).astype(int)]).astype(np.int64))
-            for i in (0, 1))
-    out, seen = router_logits(model.eval(), x, y)
+    rows = torch.tensor(np.stack([data[s:s + 17] for s in np.linspace(0, 183, 7).astype(int)]).astype(np.int64))
+    out, seen = router_logits(model.eval(), rows[:, :-1], rows[:, 1:])
     assert results[0][0] == pytest.approx(out.loss.item(), rel=1e-5)
     total = used = 0
     for router, logits in seen.items():
-        chosen = torch.cat([t.flatten(0, 1) for t in logits]).topk(router.top_k).indices                 # [n, groups, k]
+        chosen = torch.cat([t.flatten(0, 1) for t in logits]).topk(router.top_k).indices         # [n, groups, k]
         used += sum(len(chosen[:, g].unique()) for g in range(chosen.shape[1]))
         total += logits[0].shape[2] * logits[0].shape[3]
     assert results[0][1] == pytest.approx(used / total)
@@ -1031,33 +1199,39 @@ def test_evaluate():
 
 # Bad input: one sentence that names the culprit
 
-BAD = [
-    (train, "--nonsense=1", "--nonsense"), (train, "--steps=many", "--steps"), (train, "--steps=0", "--steps"),
-    (train, "--lr=-1", "--lr"), (train, "--weight_decay=-1", "--weight_decay"), (train, "--beta2=2", "--beta2"),
-    (train, "--seed=-1", "--seed"), (train, "--warmup=-1", "--warmup"), (train, "--sample_tokens=-1", "--sample_tokens"),
-    (train, "--data=missing.txt", "missing.txt"), (train, "--data=empty.txt", "text"),
-    (train, "--data=short.txt", "--block_size"), (train, "--data=latin1.txt", "latin1.txt"), (train, "--data=empty", "empty"),
-    (train, "--n_layer=3 --group_size=2", "n_layer"), (train, "--n_head=0", "n_head"), (train, "--top_k=5", "top_k"),
-    (train, "--preset=huge", "huge"), (train, "--vocab_size=100", "--vocab_size"), (train, "--tokens_per_step=65", "--tokens_per_step"),
-    (train, "--device=abacus", "abacus"), (train, "--device=cuda:99", "cuda:99"), (train, "--dtype=int8", "int8"),
-    (train, "--compile=maybe", "maybe"), (train, "--tokenizer=klingon", "klingon"), (train, "--tokenizer=no.tiktoken", "no.tiktoken"),
-    (train, "--tokenizer=bad.tiktoken", "bad.tiktoken"), (train, "--out=text.txt", "text.txt"),
-    (train, "--resume --out=nowhere", "nowhere"), (train, "--resume --out=text.txt", "text.txt"),
-    (train, "--resume --n_layer=4", "--n_layer"), (train, "--resume --tokenizer=gpt2", "--tokenizer"),
-    (sample, "--nonsense=1", "--nonsense"), (sample, "--top_k=few", "--top_k"), (sample, "--out=nowhere", "nowhere"),
-    (sample, "--out=text.txt", "text.txt"), (sample, "--out=other.pt", "other.pt"), (sample, "--prompt=", "--prompt"),
-    (sample, "--prompt_file=missing.txt", "missing.txt"), (sample, "--prompt_file=empty.txt", "empty.txt"),
-    (sample, "--prompt_file=latin1.txt", "latin1.txt"), (sample, "--prompt=a --prompt_file=text.txt", "--prompt_file"),
-    (sample, "--n_samples=0", "--n_samples"), (sample, "--max_new_tokens=0", "--max_new_tokens"),
-    (sample, "--temperature=-1", "--temperature"), (sample, "--top_k=-1", "--top_k"), (sample, "--top_p=0", "--top_p"),
-    (sample, "--device=abacus", "abacus"),
-]
+BAD = {
+    train: {
+        "--nonsense=1": "--nonsense", "--steps=many": "--steps", "--steps=0": "--steps", "--lr=-1": "--lr",
+        "--weight_decay=-1": "--weight_decay", "--beta2=2": "--beta2", "--seed=-1": "--seed", "--warmup=-1": "--warmup",
+        "--sample_tokens=-1": "--sample_tokens", "--tokens_per_step=65": "--tokens_per_step",
+        "--data=missing.txt": "missing.txt", "--data=empty.txt": "text", "--data=short.txt": "--block_size",
+        "--data=latin1.txt": "latin1.txt", "--data=empty": "empty",
+        "--n_layer=3 --group_size=2": "n_layer", "--n_head=0": "n_head", "--top_k=5": "top_k", "--preset=huge": "huge",
+        "--vocab_size=100": "--vocab_size", "--dtype=int8": "int8", "--compile=maybe": "maybe",
+        "--device=abacus": "abacus", "--device=cuda:99": "cuda:99", "--out=text.txt": "text.txt",
+        "--tokenizer=klingon": "klingon", "--tokenizer=no.tiktoken": "no.tiktoken",
+        "--tokenizer=bad.tiktoken": "bad.tiktoken",
+        "--resume --out=nowhere": "nowhere", "--resume --out=text.txt": "text.txt",
+        "--resume --out=other.pt": "other.pt",
+        "--resume --n_layer=4": "--n_layer", "--resume --tokenizer=gpt2": "--tokenizer",
+    },
+    sample: {
+        "--nonsense=1": "--nonsense", "--top_k=few": "--top_k", "--n_samples=0": "--n_samples",
+        "--max_new_tokens=0": "--max_new_tokens", "--temperature=-1": "--temperature", "--top_k=-1": "--top_k",
+        "--top_p=0": "--top_p", "--device=abacus": "abacus",
+        "--out=nowhere": "nowhere", "--out=text.txt": "text.txt", "--out=other.pt": "other.pt",
+        "--prompt=": "--prompt", "--prompt_file=missing.txt": "missing.txt", "--prompt_file=empty.txt": "empty.txt",
+        "--prompt_file=latin1.txt": "latin1.txt", "--prompt=a --prompt_file=text.txt": "--prompt_file",
+    },
+}
 
 
-@pytest.mark.parametrize("script, arguments, culprit", BAD, ids=[f"{s.__name__} {a}" for s, a, _ in BAD])
+@pytest.mark.parametrize("script, arguments, culprit", [
+    pytest.param(script, arguments, culprit, id=f"{script.__name__} {arguments}")
+    for script, table in BAD.items() for arguments, culprit in table.items()])
 def test_bad_input(script, arguments, culprit, run, tmp_path, capsys):
-    files = {"empty.txt": b"", "short.txt": b"short", "latin1.txt": "naïve".encode("latin1") * 99, "bad.tiktoken": b"? ?\n"}
-    for name, data in files.items():
+    for name, data in {"empty.txt": b"", "short.txt": b"short", "latin1.txt": b"na\xefve " * 99,
+                       "bad.tiktoken": b"? ?\n"}.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "empty").mkdir()
     torch.save({"format": "something else"}, "other.pt")

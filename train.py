@@ -107,12 +107,17 @@ def parse_options(cls, doc: str, extra=None, argv=None) -> dict:
 
 def check(options: Options):
     """Refuse numbers that make no sense, in one sentence."""
-    for name in ("steps", "tokens_per_step", "batch_size", "eval_interval", "eval_tokens", "log_interval"):
-        if getattr(options, name) < 1:
-            sys.exit(f"--{name} is {getattr(options, name)}: it must be at least 1.")
+    least = dict.fromkeys(("steps", "tokens_per_step", "batch_size", "eval_interval", "eval_tokens", "log_interval"), 1)
+    for name, low in {**least, "warmup": 0, "weight_decay": 0, "sample_tokens": 0, "seed": 0}.items():
+        if not low <= getattr(options, name) < 2**63:
+            sys.exit(f"--{name} is {getattr(options, name)}: it must be at least {low}.")
     for name in ("lr", "grad_clip"):
-        if not getattr(options, name) > 0:
+        if not 0 < getattr(options, name) < math.inf:
             sys.exit(f"--{name} is {getattr(options, name)}: it must be above 0.")
+    if not 0 <= options.beta2 < 1:
+        sys.exit(f"--beta2 is {options.beta2}: it must be at least 0 and below 1.")
+    if Path(options.out).exists() and not Path(options.out).is_dir():
+        sys.exit(f"--out is {options.out}, which is a file: give a folder.")
     for name, choices in {"dtype": ("auto", "float32", "bfloat16", "float16"), "compile": ("auto", "yes", "no")}.items():
         if getattr(options, name) not in choices:
             sys.exit(f"--{name} is {getattr(options, name)!r}: choose one of {', '.join(choices)}.")
@@ -126,8 +131,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except Exception:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError):
         sys.exit(f"There is no device {name!r} on this machine: --device=cpu always works.")
 
 
@@ -368,7 +376,7 @@ def windows(data: np.ndarray, block_size: int, numbers, seed: int, device) -> tu
 def save_checkpoint(folder: Path, model, optimizer, scaler, step: int, options: Options, tokenizer: Tokenizer):
     """Everything that sampling and --resume need, in one file of plain data and tensors."""
     checkpoint = dict(
-        format="moeut", step=step, options=asdict(options), config=asdict(model.config), tokenizer=tokenizer.spec,
+        step=step, options=asdict(options), config=asdict(model.config), tokenizer=tokenizer.spec,
         model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "checkpoint.pt", lambda part: torch.save(checkpoint, part))
@@ -380,10 +388,11 @@ def load_checkpoint(folder: Path) -> dict:
         sys.exit(f"There is no checkpoint at {path}: `python train.py` makes one, --out says where.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["format"] == "moeut"
-    except Exception:
-        sys.exit(f"{path} is not a checkpoint of this train.py.")
-    return checkpoint
+        if checkpoint.keys() >= {"step", "options", "config", "tokenizer", "model", "optimizer", "scaler"}:
+            return checkpoint
+    except Exception:  # whatever unpickling a foreign file may raise
+        pass
+    sys.exit(f"{path} is not a checkpoint of this train.py.")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -438,16 +447,6 @@ def peak_memory(device: torch.device) -> str:
         return "not known here"
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:,.0f} MiB, the whole process"
-
-
-# Dense bfloat16 / float16 TFLOP/s from the vendors' data sheets, by a part of the device's name
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71, "L4": 121, "T4": 65}
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
-        return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 
 
 def keep_freed_memory():
@@ -525,7 +524,8 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
     if world > 1:
         run = torch.nn.parallel.DistributedDataParallel(run)
 
-    flops, peak = config.estimate_flops(), peak_flops(device, dtype)
+    flops = config.estimate_flops()
+    peak = cvmm.device_peak(device) if dtype != torch.float32 else None
     size = lambda path: f"{len(path) / 1e6:.1f}M"
     say(f"text: {corpus.n_files} file{'s' * (corpus.n_files > 1)}, {size(corpus.train)} training and "
         f"{size(corpus.val)} validation tokens ({tokenizer.spec['name']})")
@@ -580,9 +580,11 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
                 f"reg {reg_sum.item():.3f}, lr {lr:.1e}, grad {norm.item():.2f}, "
                 f"{rate * options.tokens_per_step:,.0f} tokens/s, {eta // 60:.0f}m{eta % 60:02.0f}s to go")
             if peak:
-                line += f", {rate * options.tokens_per_step * flops / peak / world:.1%} MFU"
+                line += f", {rate * options.tokens_per_step * flops / peak[0] / world:.1%} MFU"
             say(line, flush=True)
             logged = now, step
+            if not math.isfinite(loss):
+                sys.exit(f"The loss is {loss} at step {step}: start again with a smaller --lr; the last checkpoint is kept.")
         if step % options.eval_interval == 0 or done or stop:
             if master:
                 save_checkpoint(out, model, optimizer, scaler, step, options, tokenizer)
