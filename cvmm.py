@@ -22,19 +22,21 @@ A matmul wants many rows that share one matrix, so the slots are sorted by exper
 that choose two of three experts each:
 
     token             0     1     2
-    slot            0  1  2  3  4  5                        order    0  3 | 1  2  5 | 4
+    slot            0  1  2  3  4  5                        slot     0  3 | 1  2  5 | 4
     expert          0  1  1  0  2  1     sort by expert     expert   0  0 | 1  1  1 | 2
                                                             offsets  0      2         5   6
 
-`order` lists the slots of expert 0, then those of expert 1, ...; expert e owns the entries
-offsets[e] .. offsets[e+1]. This `Routing` is made once per choice and serves every matmul of the
-layer, forward and backward.
+A *row* is a place in that sorted list: it holds the slots of expert 0, then those of expert 1, ...;
+expert e owns the rows offsets[e] .. offsets[e+1]. This `Routing` is made once per choice and serves
+every matmul of that choice, forward and backward.
 
-In this file, top to bottom: the definition; the routing; the PyTorch path (any device); the custom
-ops, autograd and the public functions `cvmm` and `expert_ffn`.
+In this file, top to bottom: the definition; the routing; the PyTorch path (any device); the Triton
+path; the choice between them; the custom ops; autograd; the public functions `cvmm`, `expert_ffn`,
+`expert_values` and `expert_outputs`; the bench.
 
-Letters: N tokens, K chosen experts (top_k), E experts, C width, F expert size, M slots; a matrix has
-I inputs and O outputs.
+Letters: N tokens, K chosen experts (top_k), E experts, C width, F expert size, M slots, R rows (M, and
+the padding on the PyTorch path); H heads, D head size, A experts per head, J chosen of them; a matrix
+has I inputs and O outputs.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -70,7 +73,7 @@ def cvmm_definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: 
     Args: x [M / fan_in, I]; w [E, I, O]; expert [M], the expert of each slot.
     Returns [M / fan_out, O].
 
-    All else in this file is tested against this. For a handful of slots it is also the fastest way.
+    All else in this file is tested against this. For a handful of slots (decoding) it is also the fastest way.
     """
     rows = x.repeat_interleave(fan_in, dim=0) if fan_in > 1 else x           # [M, I]
     out = torch.bmm(rows.unsqueeze(1), w[expert]).squeeze(1)                 # [M, O]
@@ -89,13 +92,18 @@ class Routing(NamedTuple):
     """
 
     expert: Tensor  # [M] the expert of each slot
-    slot: Tensor  # [R] the slot of each row, in the order of experts (`order` in the picture)
+    slot: Tensor  # [R] the slot of each row, in the order of experts
     row: Tensor  # [M] the row of each slot: the inverse of `slot`
     offsets: Tensor  # [E + 1] where the rows of each expert begin
     table: Tensor  # the work list: groups of experts for PyTorch, tiles of rows for Triton
 
 
-FEW_SLOTS = 64  # up to here (decoding) sorting costs more than it saves: the definition is used
+FEW_SLOTS = 64  # decoding, without gradients: up to here sorting costs more than it saves
+
+
+def is_decoding(n_slots: int) -> bool:
+    """The slots are so few that the definition is the fastest way. (Its gradient would not be.)"""
+    return n_slots <= FEW_SLOTS and not torch.is_grad_enabled()
 
 
 def route(expert: Tensor, n_expert: int) -> Routing:
@@ -104,9 +112,11 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     Args: expert, integer tensor of any shape with entries in [0, n_expert), slots in token-major order.
     """
     expert = expert.flatten().int()
-    if expert.numel() <= FEW_SLOTS:
+    if is_decoding(expert.numel()):
         return Routing(expert, *[expert.new_empty(0)] * 4)
-    return Routing(expert, *_sort_slots(expert, n_expert))
+    if n_expert >= 2**15:
+        raise ValueError(f"route: {n_expert} experts are more than the 32767 that fit into 16 bits.")
+    return Routing(expert, *_sort_slots(expert, n_expert))  # torch_sort_slots or triton_sort_slots
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -116,8 +126,8 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 # together in one bmm, each padded to as many rows as the longest of them. A group grows as long as
 # its padding stays small. Padding rows read slot 0 and have gate 0.
 
-MAX_PADDING = 1.125  # rows of a group, padding included / rows without
-SPARE_ROWS = 16  # ... and this many more
+MAX_PADDING = 1.125  # a group may have this factor more rows than slots
+SPARE_ROWS = 16  # ... plus this many
 GROUP_ROWS = 4096  # the rows of a group should fit in the cache
 
 
@@ -151,6 +161,23 @@ def torch_sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Ten
 def padded_rows(m: int, n_expert: int) -> int:
     """What m slots can take at most with their padding: a size that does not depend on the choice."""
     return int(m * MAX_PADDING) + SPARE_ROWS * n_expert
+
+
+class Scratch(threading.local):
+    """Memory for rows that live no longer than one call, kept for the next: filling fresh memory takes as
+    long as computing what goes into it, because the system hands it out page by page."""
+
+    buffer = torch.empty(0, dtype=torch.uint8)
+
+    def rows(self, like: Tensor, n_rows: int, width: int) -> Tensor:
+        """[n_rows, width], with the dtype and on the device of `like`"""
+        size = n_rows * width * like.element_size()
+        if self.buffer.numel() < size or self.buffer.device != like.device:
+            self.buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return self.buffer[:size].view(like.dtype).view(n_rows, width)
+
+
+scratch = Scratch()
 
 
 def _groups(table: Tensor):
@@ -191,7 +218,7 @@ def _row_gate(gate: Tensor, row: Tensor, n_rows: int, dtype) -> Tensor:
 
 def torch_matmul(x, w, r: Routing, fan_in, fan_out):
     source = r.slot // fan_in                                                    # [R]
-    y = x.new_empty(len(source), w.shape[2])                                     # [R, O]
+    y = scratch.rows(x, len(source), w.shape[2])                                 # [R, O]
     for e, rows, n in _groups(r.table):
         torch.bmm(_take(x, source[rows], n), w[e], out=y[rows].unflatten(0, (n, -1)))
     return _sum_slots(y, r.row, fan_out)
@@ -199,7 +226,7 @@ def torch_matmul(x, w, r: Routing, fan_in, fan_out):
 
 def torch_matmul_dw(x, dout, r: Routing, fan_in, fan_out):
     source, target = r.slot // fan_in, r.slot // fan_out                         # [R] both
-    real = _row_gate(x.new_ones(len(r.row)), r.row, len(source), x.dtype)        # [R, 1]
+    real = _row_gate(x.new_ones(len(r.row)), r.row, len(source), x.dtype)        # [R, 1] 0 for padding
     dw = x.new_empty(len(r.offsets) - 1, x.shape[1], dout.shape[1], dtype=grad_dtype(x))
     for e, rows, n in _groups(r.table):
         xe = _take(x, source[rows], n).mul_(real[rows].unflatten(0, (n, -1)))
@@ -207,15 +234,19 @@ def torch_matmul_dw(x, dout, r: Routing, fan_in, fan_out):
     return dw
 
 
+# The feedforward: z = x w_up, h = gate * relu(z), y = h w_down, and the K rows y of a token add up. Backward,
+# with dh = dout w_down^T: dz = gate * dh where h is not 0, and dot = <dh, h> = gate * dgate (see _ExpertFFN).
+
+
 def torch_ffn(x, w_up, w_down, gate, r: Routing):
     token = r.slot // gate.shape[1]                                              # [R]
     g = _row_gate(gate, r.row, len(token), x.dtype)                              # [R, 1]
     h = x.new_empty(len(token), w_up.shape[2])                                   # [R, F]
-    y = x.new_empty(len(token), w_down.shape[2])                                 # [R, C]
+    y = scratch.rows(x, len(token), w_down.shape[2])                             # [R, C]
     for e, rows, n in _groups(r.table):
         he, ge, ye = (t[rows].unflatten(0, (n, -1)) for t in (h, g, y))
         torch.bmm(_take(x, token[rows], n), w_up[e], out=he)
-        torch.bmm(he.relu_().mul_(ge), w_down[e], out=ye)
+        torch.bmm(he.relu_().mul_(ge), w_down[e], out=ye)  # h is finished in place
     return _sum_slots(y, r.row, gate.shape[1]), h
 
 
@@ -223,7 +254,7 @@ def torch_ffn_backward(dout, x, h, w_up, w_down, gate, r: Routing):
     token = r.slot // gate.shape[1]                                              # [R]
     g = _row_gate(gate, r.row, len(token), x.dtype)                              # [R, 1]
     dot = gate.new_empty(len(token))                                             # [R]
-    dx = x.new_empty(len(token), x.shape[1])                                     # [R, C]
+    dx = scratch.rows(x, len(token), x.shape[1])                                 # [R, C]
     dw_up, dw_down = (torch.empty_like(w, dtype=grad_dtype(x)) for w in (w_up, w_down))
     for e, rows, n in _groups(r.table):
         he, ge, dxe = (t[rows].unflatten(0, (n, -1)) for t in (h, g, dx))
@@ -249,7 +280,8 @@ def torch_ffn_backward(dout, x, h, w_up, w_down, gate, r: Routing):
 #             acc += x[slot[rows] // fan_in, inputs] @ w[expert, inputs, columns]
 #         out[slot[rows], columns] = acc                                      the caller sums the slots
 #
-# Its epilogue knows the two elementwise steps of the feedforward, while acc is still in registers:
+# GATHER and SCATTER say whether x and out are numbered by slot, as here, or by row, as h is. The epilogue
+# knows the two elementwise steps of the feedforward, while acc is still in registers:
 #
 #     "up"              h = gate * relu(acc)                           acc = x w_up
 #     "down backward"   dz = gate * acc if h != 0 else 0, dot = <acc, h>   acc = dout w_down^T
@@ -272,7 +304,7 @@ def rows_kernel(
     fan_in,
     # strides
     stride_x, stride_we, stride_wi, stride_wo, stride_out,
-    # x is read in slot order (else row by row); out is written in slot order
+    # x, out are numbered by slot (else by row)
     GATHER: tl.constexpr, SCATTER: tl.constexpr, EPILOGUE: tl.constexpr,
     # block sizes, number format
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -338,7 +370,7 @@ def dw_kernel(
     fan_in, fan_out,
     # strides
     stride_x, stride_dout,
-    # x, dout are read in slot order (else row by row); parts of an expert
+    # x, dout are numbered by slot (else by row); parts of an expert
     GATHER_X: tl.constexpr, GATHER_DOUT: tl.constexpr, PARTS: tl.constexpr,
     # block sizes, number format
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -377,9 +409,9 @@ def dw_kernel(
 
 # The launchers. All go through `launch`, where the bench and the tests listen.
 
-SLOT_BYTES = 2**31  # at most this much for the rows of all slots, [M, C], before their sum; a smaller
-#                     number computes fewer columns at a time and reads the slots' inputs more often
-listeners = []  # called with every launch: name, tensors, and what `launch` got
+SLOT_BYTES = 2**31  # for the outputs of all slots, [M, C], before their sum; a smaller number computes
+#                     fewer columns at a time, at least 128, and reads the slots' inputs more often
+listeners = []  # each is called with kernel (None for a sum of slots), programs, tensors, other arguments
 
 
 def launch(kernel, programs: int, tensors: dict, **rest):
@@ -455,12 +487,13 @@ def launch_rows(x, w, out, r: Routing, fan_in, gather, scatter, epilogue="none",
 
 
 def triton_matmul(x, w, r: Routing, fan_in, fan_out, gather=True):
-    """gather: x is in slot order [M / fan_in, I]; else its rows are those of the routing, [R, I]."""
+    """gather: x is numbered by slot, [M / fan_in, I]; else by row, [R, I]."""
     n_out = w.shape[2]
     x, w = aligned(x), aligned_weight(w)
     m, o = len(r.expert), w.shape[2]
     out = x.new_empty(m // fan_out, o)
-    chunk = o if fan_out == 1 else min(o, max(SLOT_BYTES // (m * x.element_size()) // 128 * 128, 128))
+    columns_that_fit = SLOT_BYTES // (m * x.element_size()) // 128 * 128
+    chunk = o if fan_out == 1 else min(o, max(columns_that_fit, 128))
     for c in range(0, o, chunk):
         columns = slice(c, min(c + chunk, o))
         y = out if fan_out == 1 else x.new_empty(m, columns.stop - c)            # [M, columns]
@@ -490,8 +523,7 @@ def triton_matmul_dw(x, dout, r: Routing, fan_in, fan_out, gather_x=True, gather
 
 
 def triton_ffn(x, w_up, w_down, gate, r: Routing):
-    n_tokens, top_k = gate.shape
-    f = w_up.shape[2]
+    top_k, f = gate.shape[1], w_up.shape[2]
     x, w_up, gate = aligned(x), aligned_weight(w_up), gate.contiguous()
     h = x.new_empty(len(r.slot), w_up.shape[2])                                  # [R, F]
     launch_rows(x, w_up, h, r, top_k, True, False, "up", gate=gate)
@@ -656,7 +688,11 @@ class _ExpertFFN(torch.autograd.Function):
 
 
 class Weight(NamedTuple):
-    """Expert matrices [E, I, O] with a copy in the precision of the matmul. Made by `cast`."""
+    """Expert matrices [E, I, O] with a copy in the precision of the matmul. Made by `cast`.
+
+    `low` is detached: only _CVMM and _ExpertFFN read it, which return the gradient to `param`
+    themselves; whatever is left to autograd must read `param`.
+    """
 
     param: Tensor
     low: Tensor
@@ -726,8 +762,8 @@ def _all_gates(gate: Tensor, expert: Tensor, n_expert: int) -> Tensor:
 
 
 def _multiply_all(x: Tensor, gate: Tensor, n_expert: int) -> bool:
-    few = gate.numel() <= FEW_SLOTS
-    return backend(x.device) == "PyTorch" and not few and n_expert <= ALL_EXPERTS * gate.shape[2]
+    few_experts = n_expert <= ALL_EXPERTS * gate.shape[2]
+    return few_experts and backend(x.device) == "PyTorch" and not is_decoding(gate.numel())
 
 
 def _number(expert: Tensor, n_expert: int) -> Tensor:

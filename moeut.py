@@ -23,6 +23,7 @@ Letters in the shape comments, code name and meaning:
     E  n_expert   feedforward experts         K  top_k         ... chosen per token
     F  expert_size  hidden units of an expert
     A  n_att_expert experts per head          J  att_top_k     ... chosen per token and head
+    S             keys attended to            P                rotated dimensions of a head
 
 A router is a linear map to `logits`, one for each expert; the `scores` are their sigmoids; top-K takes
 the experts with the K largest; the `gate` of a chosen expert is its score, by which its output is
@@ -52,20 +53,20 @@ class MoEUTConfig:
     """All sizes and switches of a model. Raises ValueError, in one sentence, if they do not fit."""
 
     vocab_size: int = 257  # tokens; 257 = all bytes and end of text
-    block_size: int = 256  # training context T; the model itself has no limit (rotary positions)
-    n_layer: int = 6  # L, counts applications: a layer repeated three times counts three
+    block_size: int = 128  # training context T; the model itself has no limit (rotary positions)
+    n_layer: int = 4  # L, counts applications: a layer repeated three times counts three
     group_size: int = 2  # G distinct layers, repeated L / G times; G = L shares nothing
     n_embd: int = 128  # C
     n_head: int = 4  # H; fewer than in a dense model, each head has A experts
     head_size: int = 32  # D; H * D need not be C
     ffn: str = "moe"  # moe (sigma-MoE) | dense
-    n_expert: int = 16  # E; parameters grow with E, compute does not
-    expert_size: int = 128  # F; the paper's, and the least that keeps tensor cores busy
-    top_k: int = 4  # K; compute grows with K * F
+    n_expert: int = 8  # E; parameters grow with E, compute hardly
+    expert_size: int = 128  # F; 128 in the paper
+    top_k: int = 2  # K; compute grows with K * F
     ffn_size: int = 512  # hidden units of a dense feedforward
     attention: str = "moe"  # moe (SwitchHead) | dense
-    n_att_expert: int = 4  # A
-    att_top_k: int = 2  # J
+    n_att_expert: int = 2  # A
+    att_top_k: int = 1  # J
     layernorm: str = "peri"  # peri | pre | post
     dropout: float = 0.0  # on the output of attention and feedforward; 0 in all runs of the paper
     ffn_reg: float = 0.01  # weight of the entropy regulariser on feedforward routers
@@ -105,15 +106,15 @@ class MoEUTConfig:
         """Multiply-accumulates of one token's forward pass, embedding and head left out.
 
         `context` is the number of positions attended to, block_size if not given. This is the formula
-        of the paper (appendix), which does not halve the attention for causality.
+        of the paper, which does not halve the attention for causality.
         """
-        T, C, heads = context or self.block_size, self.n_embd, self.n_head * self.head_size
-        attention = 2 * heads * T + 2 * C * heads                                # scores, mix; q, k
+        T, C, HD = context or self.block_size, self.n_embd, self.n_head * self.head_size
+        attention = 2 * HD * T + 2 * C * HD                                      # q k^T, mix of v; q, k
         if self.attention == "moe":
-            attention += 2 * self.att_top_k * heads * (C + 1)                    # v, o and their gates
+            attention += 2 * self.att_top_k * HD * (C + 1)                       # v, o and their gates
             attention += 2 * self.n_head * self.n_att_expert * C                 # two routers
         else:
-            attention += 2 * C * heads
+            attention += 2 * C * HD                                              # v, o
         if self.ffn == "moe":
             ffn = self.top_k * self.expert_size * (2 * C + 1) + self.n_expert * C
         else:
@@ -128,7 +129,7 @@ class MoEUTConfig:
 
 def _moeut(C, L, G, H, D, E, K, A):
     return dict(n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E, top_k=K,
-                n_att_expert=A, vocab_size=8000, block_size=1024)
+                n_att_expert=A, att_top_k=2, vocab_size=8000, block_size=1024)
 
 
 def _dense(C, L, H, D, hidden):
@@ -189,17 +190,21 @@ class KVCache:
 
 
 def rotary_table(head_size: int, start: int, stop: int, device) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, R/2] for positions start..stop-1. The first R dimensions of a head are rotated:
-    half of them, rounded down to an even number; the base is 10000."""
+    """cos and sin [T, P/2] for positions start..stop-1.
+
+    Pairs of dimensions of q and k are turned by an angle that grows with the position, so that their
+    product depends on the distance only. The first P dimensions of a head are rotated: half of them,
+    rounded down to an even number; the base is 10000.
+    """
     rotated = head_size // 2 // 2 * 2
-    frequency = 10000 ** -(torch.arange(0, rotated, 2, device=device) / max(rotated, 1))  # [R/2]
-    angle = torch.arange(start, stop, device=device).unsqueeze(1) * frequency             # [T, R/2]
+    frequency = 10000 ** -(torch.arange(0, rotated, 2, device=device) / max(rotated, 1))  # [P/2]
+    angle = torch.arange(start, stop, device=device).unsqueeze(1) * frequency             # [T, P/2]
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions for x [..., T, D]; dimension i of the rotated part is paired with i + R/2."""
-    cos, sin = (t.to(x.dtype) for t in rotary)                                   # [T, R/2]
+    """Rotary positions for x [..., T, D]; dimension i of the rotated part is paired with i + P/2."""
+    cos, sin = (t.to(x.dtype) for t in rotary)                                   # [T, P/2]
     half = cos.shape[-1]
     a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
@@ -218,9 +223,9 @@ class Router(nn.Linear):
     """Logits of all experts, in float32 also under autocast: in bfloat16 half of the tokens have a tie
     at the top-K cut."""
 
-    def __init__(self, n_embd: int, n_expert: int, top_k: int, groups: int = 1):
-        super().__init__(n_embd, groups * n_expert, bias=False)
-        self.top_k, self.groups = top_k, groups  # top_k are chosen in each group of n_expert
+    def __init__(self, n_embd: int, n_expert: int, top_k: int, n_choice: int = 1):
+        super().__init__(n_embd, n_choice * n_expert, bias=False)
+        self.top_k, self.n_choice = top_k, n_choice  # for who watches the routing, as train.py does
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -252,22 +257,26 @@ def negative_entropy(p: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------
 # Feedforward
+#
+# x is what values are made of; n is what routers (and queries and keys) read. Without peri-layernorm they
+# are the same. `cast_weights` gives the expert weights in the precision of the matmuls; the model calls it
+# once per step and hands them back as `weights`.
 
 
 class DenseFFN(nn.Module):
-    """relu(n W1 + b1) W2 + b2"""
+    """relu(x W1 + b1) W2 + b2"""
 
     def __init__(self, c: MoEUTConfig):
         super().__init__()
         self.up = nn.Linear(c.n_embd, c.ffn_size)
         self.down = nn.Linear(c.ffn_size, c.n_embd)
 
-    def init_weights(self, a: float):
+    def init_weights(self, scale: float):
         for linear in (self.up, self.down):
-            nn.init.normal_(linear.weight, std=a / math.sqrt(linear.in_features))
+            nn.init.normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
             nn.init.zeros_(linear.bias)
 
-    def cast(self):
+    def cast_weights(self):
         return ()
 
     def forward(self, x: Tensor, n: Tensor, weights) -> tuple[Tensor, None]:
@@ -284,13 +293,13 @@ class SigmaMoE(nn.Module):
         self.w_up = nn.Parameter(torch.empty(c.n_expert, c.n_embd, c.expert_size))
         self.w_down = nn.Parameter(torch.empty(c.n_expert, c.expert_size, c.n_embd))
 
-    def init_weights(self, a: float):
+    def init_weights(self, scale: float):
         E, C, F_ = self.w_up.shape
-        nn.init.normal_(self.router.weight, std=a / math.sqrt(C))
-        nn.init.normal_(self.w_up, std=a / math.sqrt(C))
-        nn.init.normal_(self.w_down, std=a / math.sqrt(E * F_))  # all experts, not only the K chosen
+        nn.init.normal_(self.router.weight, std=scale / math.sqrt(C))
+        nn.init.normal_(self.w_up, std=scale / math.sqrt(C))
+        nn.init.normal_(self.w_down, std=scale / math.sqrt(E * F_))  # all experts, not only the K chosen
 
-    def cast(self) -> tuple[Weight, Weight]:
+    def cast_weights(self) -> tuple[Weight, Weight]:
         return cast(self.w_up), cast(self.w_down)
 
     def forward(self, x: Tensor, n: Tensor, weights) -> tuple[Tensor, Tensor]:
@@ -304,6 +313,8 @@ class SigmaMoE(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------
 # Attention
+#
+# `remember(k, v)` adds the new keys and values to the cache, if there is one, and returns those of all tokens.
 
 
 class DenseAttention(nn.Module):
@@ -316,11 +327,11 @@ class DenseAttention(nn.Module):
         self.v = nn.Linear(c.n_embd, c.n_head * c.head_size, bias=False)
         self.o = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=False)
 
-    def init_weights(self, a: float):
+    def init_weights(self, scale: float):
         for linear in (self.qk, self.v, self.o):
-            nn.init.normal_(linear.weight, std=a / math.sqrt(linear.in_features))
+            nn.init.normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
 
-    def cast(self):
+    def cast_weights(self):
         return ()
 
     def queries_and_keys(self, n: Tensor, rotary) -> Tensor:
@@ -343,20 +354,20 @@ class SwitchHead(DenseAttention):
     """
 
     def __init__(self, c: MoEUTConfig):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not DenseAttention's: values and outputs are experts here
         self.n_head, self.head_size = c.n_head, c.head_size
         self.n_expert, self.top_k = c.n_att_expert, c.att_top_k
         self.qk = nn.Linear(c.n_embd, 2 * c.n_head * c.head_size, bias=False)
-        self.router = Router(c.n_embd, c.n_att_expert, c.att_top_k, groups=2 * c.n_head)  # values, outputs
+        self.router = Router(c.n_embd, c.n_att_expert, c.att_top_k, n_choice=2 * c.n_head)  # values, outputs
         self.w_v = nn.Parameter(torch.empty(c.n_head * c.n_att_expert, c.n_embd, c.head_size))
         self.w_o = nn.Parameter(torch.empty(c.n_head * c.n_att_expert, c.head_size, c.n_embd))
 
-    def init_weights(self, a: float):
+    def init_weights(self, scale: float):
         for w in (self.qk.weight, self.router.weight, self.w_v):
-            nn.init.normal_(w, std=a / math.sqrt(self.qk.in_features))
-        nn.init.normal_(self.w_o, std=a / math.sqrt(self.n_head * self.head_size))
+            nn.init.normal_(w, std=scale / math.sqrt(self.qk.in_features))
+        nn.init.normal_(self.w_o, std=scale / math.sqrt(self.n_head * self.head_size))
 
-    def cast(self) -> tuple[Weight, Weight]:
+    def cast_weights(self) -> tuple[Weight, Weight]:
         return cast(self.w_v), cast(self.w_o)
 
     def forward(self, x: Tensor, n: Tensor, weights, rotary, remember) -> tuple[Tensor, Tensor]:
@@ -395,9 +406,9 @@ class Layer(nn.Module):
         self.ffn = (SigmaMoE if c.ffn == "moe" else DenseFFN)(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def cast(self):
+    def cast_weights(self):
         """The expert weights in the precision of the matmuls."""
-        return self.attention.cast(), self.ffn.cast()
+        return self.attention.cast_weights(), self.ffn.cast_weights()
 
     def forward(self, x: Tensor, weights, rotary, remember=lambda k, v: (k, v)):
         """x [B, T, C] -> [B, T, C], and the usage of attention and feedforward experts (or None)."""
@@ -487,7 +498,7 @@ class MoEUT(nn.Module):
         tokens in it. Any length works; positions beyond block_size were never trained."""
         start = cache.length if cache else 0
         rotary = rotary_table(self.config.head_size, start, start + idx.shape[1], idx.device)
-        weights = [layer.cast() for layer in self.layers]  # once per step, not once per repeat
+        weights = [layer.cast_weights() for layer in self.layers]  # once per step, not once per repeat
         att_usage = [[] for _ in self.layers]
         ffn_usage = [[] for _ in self.layers]
 
@@ -514,12 +525,13 @@ class MoEUT(nn.Module):
         return Output(logits, loss, self.regulariser(att_usage, ffn_usage, logits))
 
     def regulariser(self, att_usage, ffn_usage, like: Tensor) -> Tensor:
-        """Sum over the group of the negative entropy of expert usage, over all repeats and time steps of
-        a sequence together: it is small when all experts are used."""
+        """Sum over the layers of the weighted negative entropy of expert usage, over all repeats and time
+        steps of a sequence together; the more evenly the experts are used, the lower."""
         total = like.new_zeros((), dtype=torch.float32)
         for att, ffn in zip(att_usage, ffn_usage):  # of all repeats of one layer
             if att and att[0] is not None:                                       # [B, 2, H, A] each
-                total = total + self.config.att_reg * negative_entropy(torch.stack(att).mean(0)).mean((0, 2)).sum()
+                entropy = negative_entropy(torch.stack(att).mean(0))             # [B, 2, H]
+                total = total + self.config.att_reg * entropy.mean((0, 2)).sum()  # sum of v and o routers
             if ffn and ffn[0] is not None:                                       # [B, E] each
                 total = total + self.config.ffn_reg * negative_entropy(torch.stack(ffn).mean(0)).mean()
         return total
@@ -533,7 +545,7 @@ class MoEUT(nn.Module):
 
         temperature 0 takes the most likely token. top_k keeps the k most likely tokens, top_p the
         fewest that make up that probability. When the text is longer than the training context
-        (block_size), the newest half of the context is kept and the rest forgotten.
+        (block_size), the newest half of the context is kept and the rest forgotten. Call eval() first.
         """
         window = self.config.block_size
         cache = KVCache(self.config, len(idx), window, idx.device, self.head.weight.dtype)

@@ -51,18 +51,19 @@ class Options:
     out: str = option("out", "folder for the checkpoint and the tokenized text")
     resume: bool = option(False, "go on from the checkpoint in --out, with the options it was started with")
     preset: str = option("tiny", "model to start from (see PRESETS in moeut.py)")
-    steps: int = option(1000, "optimizer steps")
-    tokens_per_step: int = option(4096, "tokens for one optimizer step, over all processes")
-    batch_size: int = option(16, "sequences at a time; the rest of a step is accumulated")
-    lr: float = option(4e-3, "peak learning rate; the paper's models: 2.5e-4")
-    warmup: int = option(50, "steps of linear warmup; then a cosine to a tenth of the peak")
+    steps: int = option(1300, "optimizer steps")
+    tokens_per_step: int = option(1024, "tokens for one optimizer step, over all processes")
+    batch_size: int = option(8, "sequences at a time; the rest of a step is accumulated")
+    lr: float = option(4e-3, "peak learning rate; the paper: 2.5e-4")
+    warmup: int = option(50, "steps of linear warmup; then a cosine")
+    final_lr: float = option(0.0, "where the cosine ends, as a fraction of the peak; the paper: 0.1")
     weight_decay: float = option(0.1, "of AdamW, on all parameters; the paper: 0.01")
     beta2: float = option(0.99, "of AdamW; the paper: 0.999")
-    grad_clip: float = option(1.0, "largest gradient norm; the paper: 0.25")
+    grad_clip: float = option(1.0, "largest gradient norm; the paper: 0.1 for the 44M model, else 0.25")
     seed: int = option(0, "of the initialisation and of the order of the batches")
-    eval_interval: int = option(250, "steps between evaluations, each with a checkpoint and a sample")
-    eval_tokens: int = option(32768, "validation tokens of one evaluation; the last one takes 8 times as many")
-    log_interval: int = option(25, "steps between log lines")
+    eval_interval: int = option(325, "steps between evaluations, each with a checkpoint and a sample")
+    eval_tokens: int = option(16384, "validation tokens of one evaluation; the last one takes 8 times as many")
+    log_interval: int = option(50, "steps between log lines")
     sample_tokens: int = option(160, "length of the samples printed during training")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option("auto", "precision of the matmuls: auto, float32, bfloat16, float16")
@@ -108,7 +109,7 @@ def parse_options(cls, doc: str, extra=None, argv=None) -> dict:
 def check(options: Options):
     """Refuse numbers that make no sense, in one sentence."""
     least = dict.fromkeys(("steps", "tokens_per_step", "batch_size", "eval_interval", "eval_tokens", "log_interval"), 1)
-    for name, low in {**least, "warmup": 0, "weight_decay": 0, "sample_tokens": 0, "seed": 0}.items():
+    for name, low in {**least, "warmup": 0, "weight_decay": 0, "sample_tokens": 0, "final_lr": 0, "seed": 0}.items():
         if not low <= getattr(options, name) < 2**63:
             sys.exit(f"--{name} is {getattr(options, name)}: it must be at least {low}.")
     for name in ("lr", "grad_clip"):
@@ -400,11 +401,12 @@ def load_checkpoint(folder: Path) -> dict:
 
 
 def learning_rate(step: int, options: Options) -> float:
-    """Linear warmup to the peak, then a cosine to a tenth of it."""
+    """Linear warmup to the peak, then a cosine to final_lr of it."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
     progress = (step - options.warmup) / max(options.steps - options.warmup, 1)
-    return options.lr * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1)))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * min(progress, 1))
+    return options.lr * (options.final_lr + (1 - options.final_lr) * cosine)
 
 
 @torch.no_grad()
@@ -418,7 +420,7 @@ def evaluate(model: MoEUT, data: np.ndarray, n_tokens: int, batch_size: int, aut
     chosen = {}
 
     def note(router, _, logits):
-        experts = logits.flatten(0, 1) if router.groups == 1 else logits.unflatten(-1, (router.groups, -1)).flatten(0, 1)
+        experts = logits.flatten(0, 1) if router.n_choice == 1 else logits.unflatten(-1, (router.n_choice, -1)).flatten(0, 1)
         mask = torch.zeros_like(experts, dtype=torch.bool).scatter_(-1, experts.topk(router.top_k).indices, True)
         chosen[router] = chosen.get(router, 0) | mask.any(0)
 
@@ -474,6 +476,7 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
     device = pick_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
+        torch.set_flush_denormal(True)  # numbers below 1e-38 are slow, and nobody misses them
     dtype = pick_dtype(options.dtype, device)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     compiled = options.compile == "yes" or options.compile == "auto" and device.type == "cuda"
