@@ -1,4 +1,4 @@
-"""Tests of moeut.py, cvmm.py, train.py and sample.py: `pytest` runs all of them in a minute, on a CPU.
+"""Tests of moeut.py, cvmm.py, train.py and sample.py: `pytest` runs all of them in two minutes, on a CPU.
 
 They are of two kinds: parity of a fast path with a plain reference, for the output and for every
 gradient, and invariants, such as that no token sees the ones after it. No time is measured.
@@ -446,10 +446,11 @@ def test_offsets_beyond_32_bits(kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_model_trains_through_the_kernels(dtype, kernels, monkeypatch):
     """A few steps of a whole model, kernels against PyTorch: the same losses."""
+
     def losses(path):
         monkeypatch.setattr(cvmm, "force", path)
         torch.manual_seed(0)
-        model = MoEUT(tiny(n_layer=2, group_size=1)).to(KERNEL_DEVICE)
+        model = MoEUT(tiny(n_layer=2, group_size=1, n_head=2, n_att_expert=3, n_expert=4)).to(KERNEL_DEVICE)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
         idx = tokens(2, 17).to(KERNEL_DEVICE)
         for _ in range(3):

@@ -68,7 +68,7 @@ class Options:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option("auto", "precision of the matmuls: auto, float32, bfloat16, float16")
     compile: str = option("auto", "torch.compile: auto (on CUDA), yes, no")
-    recompute: bool = option(False, "activation checkpointing: less memory, a third more time")
+    recompute: bool = option(False, "activation checkpointing: less memory, more time")
 
 
 def write_aside(path: Path, write):
