@@ -418,7 +418,8 @@ def launch(kernel, programs: int, tensors: dict, **rest):
     for listen in listeners:
         listen(kernel, programs, tensors, rest)
     if not tensors["x"].is_meta:  # sizes without data, for the report
-        kernel[(programs,)](**tensors, **rest)
+        with torch.cuda.device_of(tensors["x"]):  # Triton launches on the current device, whatever the tensors are on
+            kernel[(programs,)](**tensors, **rest)
 
 
 def slot_sum(y: Tensor, fan_out: int, out: Tensor) -> None:
@@ -446,7 +447,9 @@ def schedule(x: Tensor) -> dict:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Rows that are no multiple of 16 elements are padded: others cannot be copied asynchronously."""
+    """What the kernels read: the numbers of a row side by side, and rows of a multiple of 16 of them, because
+    others cannot be copied asynchronously."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
     return F.pad(x, (0, -x.shape[-1] % 16)) if x.shape[-1] % 16 else x
 
 
@@ -834,6 +837,7 @@ SHAPES = {
     "1B": (1536, 128, 565, 24, 6, 128, 12),
 }
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+
 
 def random_layer(C, F_, E, K, n_tokens, dtype, device, seed=0):
     """x, w_up, w_down, gate, expert, dout of a feedforward with random routing"""

@@ -391,6 +391,15 @@ def test_kernels(fans, choice, sizes, dtype, kernels):
 
 
 @needs_triton
+@pytest.mark.parametrize("n_in, n_out", [(16, 32), (19, 23)], ids=["aligned", "odd"])
+@pytest.mark.parametrize("fans", [(2, 1), (1, 2)], ids=str)
+def test_kernels_on_transposed_tensors(fans, n_in, n_out, kernels):
+    """The numbers of a row need not be side by side, in x, in w or in the gradient of the output."""
+    x, w, expert = slots(fans, "random", KERNEL_DEVICE, n_in=n_in, n_out=n_out, n_expert=5, transposed=True)
+    check_cvmm(x, w, expert, fans, transposed=True)
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("choice, sizes", [
     ("random", {}), ("one", {}), ("gaps", dict(N=1)), ("skewed", dict(N=70, C=50, n_hidden=150, E=9, K=4)),

@@ -13,6 +13,7 @@ import argparse
 import base64
 import codecs
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -27,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-import tiktoken.load
 import torch
 import torch.distributed as dist
 
@@ -352,6 +352,13 @@ def to_device(rows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
     return batch[:, :-1], batch[:, 1:]
 
 
+@functools.lru_cache(maxsize=2)
+def epoch_start(seed: int, epoch: int, n_offset: int, n_window: int) -> tuple[int, int]:
+    """The offset of an epoch's windows, and which of them comes first."""
+    offset, first = np.random.default_rng((seed, epoch)).integers((n_offset, n_window))
+    return int(offset), int(first)
+
+
 def windows(data: np.ndarray, block_size: int, numbers, seed: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets [B, T] of the training windows of these numbers.
 
@@ -364,8 +371,8 @@ def windows(data: np.ndarray, block_size: int, numbers, seed: int, device) -> tu
     rows = []
     for number in numbers:
         epoch, i = divmod(number, n)
-        offset, first = np.random.default_rng((seed, epoch)).integers((min(block_size, len(data) - n * block_size), n))
-        start = int(offset) + block_size * ((i * stride + int(first)) % n)
+        offset, first = epoch_start(seed, epoch, min(block_size, len(data) - n * block_size), n)
+        start = offset + block_size * ((i * stride + first) % n)
         rows.append(data[start:start + block_size + 1])
     return to_device(np.stack(rows), device)
 
@@ -420,7 +427,7 @@ def evaluate(model: MoEUT, data: np.ndarray, n_tokens: int, batch_size: int, aut
     chosen = {}
 
     def note(router, _, logits):
-        experts = logits.flatten(0, 1) if router.n_choice == 1 else logits.unflatten(-1, (router.n_choice, -1)).flatten(0, 1)
+        experts = logits.unflatten(-1, (router.n_choice, -1)).flatten(0, 1)      # [N, n_choice, experts]
         mask = torch.zeros_like(experts, dtype=torch.bool).scatter_(-1, experts.topk(router.top_k).indices, True)
         chosen[router] = chosen.get(router, 0) | mask.any(0)
 
@@ -628,7 +635,7 @@ def main():
     try:
         train(Options(**chosen), model_changes, checkpoint)
     except KeyboardInterrupt:
-        sys.exit("Stopped before the first step.")
+        sys.exit("Stopped at once: what was saved before is kept.")
 
 
 if __name__ == "__main__":
