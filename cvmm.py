@@ -73,11 +73,11 @@ def cvmm_definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: 
     Args: x [M / fan_in, I]; w [E, I, O]; expert [M], the expert of each slot.
     Returns [M / fan_out, O].
 
-    All else in this file is tested against this. For a handful of slots (decoding) it is also the fastest way.
+    All else in this file is tested against this.
     """
-    rows = x.repeat_interleave(fan_in, dim=0) if fan_in > 1 else x           # [M, I]
+    rows = x.repeat_interleave(fan_in, dim=0)                                # [M, I]
     out = torch.bmm(rows.unsqueeze(1), w[expert]).squeeze(1)                 # [M, O]
-    return out.unflatten(0, (-1, fan_out)).sum(1) if fan_out > 1 else out    # [M / fan_out, O]
+    return out.unflatten(0, (-1, fan_out)).sum(1)                            # [M / fan_out, O]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -111,12 +111,26 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 
     Args: expert, integer tensor of any shape with entries in [0, n_expert), slots in token-major order.
     """
-    expert = expert.flatten().int()
+    expert = expert.flatten()
     if is_decoding(expert.numel()):
         return Routing(expert, *[expert.new_empty(0)] * 4)
+    expert = expert.int()
     if n_expert >= 2**15:
         raise ValueError(f"route: {n_expert} experts are more than the 32767 that fit into 16 bits.")
     return Routing(expert, *_sort_slots(expert, n_expert))  # torch_sort_slots or triton_sort_slots
+
+
+# ---------------------------------------------------------------------------------------------------
+# Few slots, when decoding: no sort. The matrices of the slots that add up are put on top of each other, so that
+# one matmul also does the sum.
+
+
+def few_slots_matmul(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: int) -> Tensor:
+    """What cvmm_definition computes."""
+    (_, n_in), n_out = x.shape, w.shape[2]
+    rows = x.unsqueeze(1).expand(-1, fan_in, -1).reshape(-1, 1, fan_out * n_in)
+    matrices = w.index_select(0, expert).reshape(-1, fan_out * n_in, n_out)      # [M / fan_out, fan_out * I, O]
+    return torch.bmm(rows, matrices).squeeze(1)                                  # [M / fan_out, O]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -727,7 +741,7 @@ def cvmm(x: Tensor, w: Tensor | Weight, routing: Routing, fan_in: int, fan_out: 
             f"do not fit {m} slots")
     x = x.to(w.low.dtype)
     if not routing.slot.numel():
-        return cvmm_definition(x, w.param.to(x.dtype), routing.expert, fan_in, fan_out)
+        return few_slots_matmul(x, w.param.to(x.dtype), routing.expert, fan_in, fan_out)
     return _CVMM.apply(x, *w, fan_in, fan_out, *routing)
 
 
@@ -748,9 +762,9 @@ def expert_ffn(
             f"w_down {tuple(w_down.low.shape)} do not fit each other and {m} slots")
     x = x.to(w_up.low.dtype)
     if not routing.slot.numel():
-        h = cvmm_definition(x, w_up.param.to(x.dtype), routing.expert, gate.shape[1], 1).relu()
+        h = few_slots_matmul(x, w_up.param.to(x.dtype), routing.expert, gate.shape[1], 1).relu()
         h = (h * gate.reshape(-1, 1)).to(x.dtype)
-        return cvmm_definition(h, w_down.param.to(x.dtype), routing.expert, 1, gate.shape[1])
+        return few_slots_matmul(h, w_down.param.to(x.dtype), routing.expert, 1, gate.shape[1])
     return _ExpertFFN.apply(x, *w_up, *w_down, gate, *routing)
 
 
