@@ -41,6 +41,7 @@ has I inputs and O outputs.
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import sys
@@ -655,6 +656,20 @@ def _ffn_backward(
 def _(dout, x, h, w_up, w_down, gate, expert, slot, row, offsets, table):
     dw_up, dw_down = (w.new_empty(w.shape, dtype=grad_dtype(x)) for w in (w_up, w_down))
     return torch.empty_like(x), dw_up, dw_down, torch.empty_like(gate)
+
+
+@functools.cache
+def register_flops():
+    """Let torch.utils.flop_counter see these ops: 2 operations for each multiply-accumulate of each slot. Not
+    done at import, because the counter imports triton."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    ops = torch.ops.moeut
+    slots_times = lambda factor: lambda x, w_up, w_down, gate, expert, *_, **__: factor * expert[0] * w_up[1] * w_up[2]
+    register_flop_formula(ops.matmul)(lambda x, w, expert, *_, **__: 2 * expert[0] * w[1] * w[2])
+    register_flop_formula(ops.matmul_dw)(lambda x, dout, expert, *_, **__: 2 * expert[0] * x[1] * dout[1])
+    register_flop_formula(ops.ffn)(slots_times(4))
+    register_flop_formula(ops.ffn_backward)(lambda dout, x, h, *rest, **__: slots_times(8)(x, *rest))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -121,6 +121,13 @@ class MoEUTConfig:
             ffn = 2 * C * self.ffn_size
         return self.n_layer * (attention + ffn)
 
+    def idle_params(self) -> int:
+        """Parameters of the experts that a token does not choose in a layer; a repeated layer counts once."""
+        ffn = 2 * (self.n_expert - self.top_k) * self.n_embd * self.expert_size * (self.ffn == "moe")
+        heads = self.n_head * self.head_size * self.n_embd
+        attention = 2 * (self.n_att_expert - self.att_top_k) * heads * (self.attention == "moe")
+        return self.group_size * (ffn + attention)
+
     def estimate_flops(self) -> int:
         """Floating point operations per token of one training step: 2 per MAC, forward once and
         backward twice; the head included, and only the causal half of attention."""
@@ -138,7 +145,19 @@ def _dense(C, L, H, D, hidden):
 
 
 PRESETS = {
-    "tiny": dict(),  # the defaults above: made for two CPU cores
+    # Made for two CPU cores: the five architectures with the same number of parameters. The Universal
+    # Transformer cannot have it at the same width.
+    "tiny": dict(),  # MoEUT: the defaults above
+    "dense-tiny": dict(ffn="dense", attention="dense", layernorm="pre", group_size=4, ffn_size=451),
+    "universal-tiny": dict(ffn="dense", attention="dense", layernorm="pre", group_size=1, n_embd=236, head_size=59,
+                           ffn_size=944),
+    "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=14, expert_size=32, top_k=8),
+    "switchhead-tiny": dict(ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2,
+                            ffn_size=379),
+    # MoEUT needs 0.6 of the dense model's multiplications, as at the paper's larger sizes.
+    "small": dict(n_embd=256, n_layer=8, n_expert=45, top_k=5, block_size=256),
+    "dense-small": dict(ffn="dense", attention="dense", layernorm="pre", n_embd=256, n_layer=8, group_size=8,
+                        n_head=8, ffn_size=1024, block_size=256),
     # The paper's sizes (its table of hyperparameters; SentencePiece vocabulary of 8000).
     #                    C   L  G  H    D    E   K   A
     "moeut-44M": _moeut(412, 16, 2, 4, 82, 155, 12, 8),
@@ -156,6 +175,11 @@ PRESETS = {
     "dense-727M": _dense(1280, 36, 20, 64, 5120),
     "dense-1B": _dense(1536, 36, 24, 64, 6144),
 }
+
+
+def dense_counterpart(name: str) -> str:
+    """The preset of the standard Transformer with as many parameters."""
+    return "dense-" + name.split("-")[-1]
 
 
 def preset(name: str, **changes) -> MoEUTConfig:
@@ -569,3 +593,22 @@ def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) ->
     if top_p is not None:
         p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
     return token.gather(-1, p.multinomial(1, generator=generator))
+
+
+def print_presets():
+    """A line for each preset: its sizes, and what a token costs."""
+    print(f"{'preset':16} {'parameters':>13} {'active':>13} {'MACs/token':>13} {'/ dense':>7} {'KV cache':>11}")
+    for name in PRESETS:
+        config, dense = preset(name), preset(dense_counterpart(name))
+        with torch.device("meta"):  # sizes without memory
+            n_params = MoEUT(config).n_params()
+        macs = config.macs_per_token()
+        kv = 2 * config.n_layer * config.n_head * config.head_size * 2
+        print(f"{name:16} {n_params:13,} {n_params - config.idle_params():13,} {macs:13,} "
+              f"{macs / dense.macs_per_token():7.2f} {kv:11,}")
+    print("\nactive: without the experts that a token does not choose. MACs: multiply-accumulates of the forward pass at the "
+          "training\ncontext, embedding and head left out. KV cache: bytes per token in 16 bits.")
+
+
+if __name__ == "__main__":
+    print_presets()

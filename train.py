@@ -20,6 +20,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import sysconfig
 import time
@@ -32,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 import cvmm
-from moeut import MoEUT, MoEUTConfig, Router, preset
+from moeut import PRESETS, MoEUT, MoEUTConfig, Router, dense_counterpart, preset
 
 # ---------------------------------------------------------------------------------------------------
 # Options: one dataclass is the command line
@@ -69,6 +70,9 @@ class Options:
     dtype: str = option("auto", "precision of the matmuls: auto, float32, bfloat16, float16")
     compile: str = option("auto", "torch.compile: auto (on CUDA), yes, no")
     recompute: bool = option(False, "activation checkpointing: less memory, more time")
+    bench: bool = option(False, "train MoEUT and the dense Transformer with as many parameters in turn, on random tokens, "
+                                "and print the ratios")
+    compare: list[str] = option([], "folders of finished runs: print their results side by side")
 
 
 def write_aside(path: Path, write):
@@ -381,10 +385,15 @@ def windows(data: np.ndarray, block_size: int, numbers, seed: int, device) -> tu
 # Checkpoints
 
 
-def save_checkpoint(folder: Path, model, optimizer, scaler, step: int, options: Options, tokenizer: Tokenizer):
-    """Everything that sampling and --resume need, in one file of plain data and tensors."""
+def save_checkpoint(
+    folder: Path, model, optimizer, scaler, step: int, options: Options, tokenizer: Tokenizer, history: list[dict]
+):
+    """Everything that sampling and --resume need, in one file of plain data and tensors.
+
+    history has an entry for each evaluation: step, seconds of training, loss, bits per byte, peak MiB.
+    """
     checkpoint = dict(
-        step=step, options=asdict(options), config=asdict(model.config), tokenizer=tokenizer.spec,
+        step=step, options=asdict(options), config=asdict(model.config), tokenizer=tokenizer.spec, history=history,
         model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "checkpoint.pt", lambda part: torch.save(checkpoint, part))
@@ -396,7 +405,7 @@ def load_checkpoint(folder: Path) -> dict:
         sys.exit(f"There is no checkpoint at {path}: `python train.py` makes one, --out says where.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint.keys() >= {"step", "options", "config", "tokenizer", "model", "optimizer", "scaler"}:
+        if checkpoint.keys() >= {"step", "options", "config", "tokenizer", "history", "model", "optimizer", "scaler"}:
             return checkpoint
     except Exception:  # whatever unpickling a foreign file may raise
         pass
@@ -446,16 +455,15 @@ def evaluate(model: MoEUT, data: np.ndarray, n_tokens: int, batch_size: int, aut
     return total / count, used
 
 
-def peak_memory(device: torch.device) -> str:
-    """The most memory held so far: on the GPU, or by this process."""
+def peak_memory(device: torch.device) -> float | None:
+    """The most MiB held so far: on the GPU, or by the whole process. None where the system does not say."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB on the GPU"
+        return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
     except ImportError:  # Windows
-        return "not known here"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:,.0f} MiB, the whole process"
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def keep_freed_memory():
@@ -471,6 +479,40 @@ def keep_freed_memory():
                 mallopt(parameter, value)
 
 
+def training_step(run, model, optimizer, scaler, batches: list, grad_clip: float, autocast):
+    """Forward, backward and update on batches of inputs and targets, whose gradients add up. Returns loss,
+    regulariser and gradient norm. `run` is the model, possibly compiled or data-parallel."""
+    loss_sum = reg_sum = 0
+    for i, (x, y) in enumerate(batches):
+        last = i == len(batches) - 1
+        with contextlib.nullcontext() if last or not hasattr(run, "no_sync") else run.no_sync():
+            with autocast():
+                _, loss, reg = run(x, y)
+            scaler.scale((loss + reg) / len(batches)).backward()
+        loss_sum, reg_sum = loss_sum + loss.detach() / len(batches), reg_sum + reg.detach() / len(batches)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum, reg_sum, norm
+
+
+def make_optimizer(model: MoEUT, options: Options) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        model.parameters(), options.lr, (0.9, options.beta2), weight_decay=options.weight_decay, fused=True)
+
+
+def prepare(device: torch.device, options: Options):
+    """Settings of the process. Returns the precision of the matmuls and whether to compile."""
+    if device.type == "cpu":
+        keep_freed_memory()
+        torch.set_flush_denormal(True)  # numbers below 1e-38 are slow, and nobody misses them
+    torch.set_float32_matmul_precision("high")  # TF32 where there is nothing better
+    compiled = options.compile == "yes" or options.compile == "auto" and device.type == "cuda"
+    return pick_dtype(options.dtype, device), compiled
+
+
 def train(options: Options, model_changes: dict, checkpoint: dict | None):
     check(options)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -481,13 +523,8 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
     master = rank == 0
     say = print if master else lambda *_, **__: None
     device = pick_device(options.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-        torch.set_flush_denormal(True)  # numbers below 1e-38 are slow, and nobody misses them
-    dtype = pick_dtype(options.dtype, device)
+    dtype, compiled = prepare(device, options)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    compiled = options.compile == "yes" or options.compile == "auto" and device.type == "cuda"
-    torch.set_float32_matmul_precision("high")  # TF32 where there is nothing better
 
     # Data and model.
     if checkpoint:
@@ -518,15 +555,14 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
     torch.manual_seed(options.seed)
     model = MoEUT(config).to(device)
     model.recompute = options.recompute
-    optimizer = torch.optim.AdamW(
-        model.parameters(), options.lr, (0.9, options.beta2), weight_decay=options.weight_decay, fused=True)
+    optimizer = make_optimizer(model, options)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first_step = 0
+    first_step, history = 0, []
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        first_step = checkpoint["step"]
+        first_step, history = checkpoint["step"], checkpoint["history"]
         checkpoint = None
         if first_step >= options.steps:
             sys.exit(f"The run in {out} has done its {first_step} steps: --steps=N with a larger N goes on.")
@@ -555,32 +591,26 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
 
     bits = {split: 1 / math.log(2) / per_token for split, per_token in corpus.bytes_per_token.items()}
     model.train()
-    started, logged, step = time.time(), (time.time(), first_step), first_step
+    step, began = first_step, time.time()
+    earlier = history[-1]["seconds"] if history else 0.0
+    started, logged = began, (began, first_step)  # both move on by the time of evaluations
     while step < options.steps and not stop:
         lr = learning_rate(step, options)
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(options.seed + step)  # of dropout, so that a resumed run goes on alike
-        loss_sum = reg_sum = 0
+        batches = []
         for micro in range(accumulate):
             number = ((step * accumulate + micro) * world + rank) * batch_size
-            x, y = windows(corpus.train, T, range(number, number + batch_size), options.seed, device)
-            last = micro == accumulate - 1
-            with contextlib.nullcontext() if last or world == 1 else run.no_sync():
-                with autocast():
-                    _, loss, reg = run(x, y)
-                scaler.scale((loss + reg) / accumulate).backward()
-            loss_sum, reg_sum = loss_sum + loss.detach() / accumulate, reg_sum + reg.detach() / accumulate
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+            batches.append(windows(corpus.train, T, range(number, number + batch_size), options.seed, device))
+        loss_sum, reg_sum, norm = training_step(run, model, optimizer, scaler, batches, options.grad_clip, autocast)
         step += 1
 
         done = step == options.steps
         if step == first_step + 1:
-            say(f"peak memory of a step: {peak_memory(device)}")
+            memory = peak_memory(device)
+            if memory:
+                say(f"peak memory of a step: {memory:,.0f} MiB" + (", the whole process" if device.type == "cpu" else ""))
         if step % options.log_interval == 0 or step == first_step + 1 or done:
             loss, now = loss_sum.item(), time.time()  # .item() waits for the device
             rate = (step - logged[1]) / (now - logged[0])
@@ -596,14 +626,18 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
             if not math.isfinite(loss):
                 sys.exit(f"The loss is {loss} at step {step}: start again with a smaller --lr; the last checkpoint is kept.")
         if step % options.eval_interval == 0 or done or stop:
+            paused = time.time()
+            if master and not stop:
+                loss, used = evaluate(model, corpus.val, options.eval_tokens * (8 if done else 1), batch_size, autocast)
+                history.append(dict(step=step, seconds=earlier + paused - started, loss=loss, bits=loss * bits["val"],
+                                    peak_mib=peak_memory(device)))
+                line = f"step {step}/{options.steps}: validation loss {loss:.4f}, {loss * bits['val']:.4f} bits/byte"
+                say(line + (f", {used:.0%} of the experts in use" if used is not None else ""))
             if master:
-                save_checkpoint(out, model, optimizer, scaler, step, options, tokenizer)
+                save_checkpoint(out, model, optimizer, scaler, step, options, tokenizer, history)
             if stop:
                 break
             if master:
-                loss, used = evaluate(model, corpus.val, options.eval_tokens * (8 if done else 1), batch_size, autocast)
-                line = f"step {step}/{options.steps}: validation loss {loss:.4f}, {loss * bits['val']:.4f} bits/byte"
-                say(line + (f", {used:.0%} of the experts in use" if used is not None else ""))
                 generator = torch.Generator(device).manual_seed(options.seed)
                 prompt = torch.tensor([[tokenizer.end]], device=device)
                 model.eval()
@@ -612,12 +646,173 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
                 model.train()
             if world > 1:
                 dist.barrier()
-            logged = time.time(), step
+            now = time.time()
+            started, logged = started + now - paused, (now, step)
     if world > 1:
         dist.destroy_process_group()
     if stop:
         sys.exit(f"Stopped after step {step}, saved in {out}: `python train.py --resume --out={out}` goes on.")
-    say(f"done in {time.time() - started:.0f} s, saved in {out}; now `python sample.py --out={out}`")
+    say(f"done in {time.time() - began:.0f} s, saved in {out}; now `python sample.py --out={out}`")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The bench: MoEUT and the dense Transformer take turns. Each has its own process, and so its own peak memory.
+
+DECODE_CONTEXT = 1024  # tokens that a decoded token attends to
+
+
+def bench_worker(pipe, config: MoEUTConfig, options: Options):
+    """Answers requests from the pipe: "step", "cached" and "uncached" with seconds, "memory" with MiB."""
+    device = pick_device(options.device)
+    dtype, compiled = prepare(device, options)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    empty = 0 if device.type == "cuda" else peak_memory(device)
+    torch.manual_seed(options.seed)
+    model = MoEUT(config).to(device)
+    model.recompute = options.recompute
+    run = torch.compile(model) if compiled else model
+    optimizer = make_optimizer(model, options)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    text = torch.randint(config.vocab_size, (options.batch_size, config.block_size + 1), device=device)
+    prompt = torch.randint(config.vocab_size, (1, DECODE_CONTEXT), device=device)
+    tokens = None
+
+    def step():
+        training_step(run, model, optimizer, scaler, [(text[:, :-1], text[:, 1:])], options.grad_clip, autocast)[0].item()
+
+    def cached():
+        next(tokens).item()
+
+    @torch.inference_mode()
+    def uncached():
+        model(prompt).logits[:, -1].argmax().item()
+
+    for request in iter(pipe.recv, "stop"):
+        if request == "memory":
+            memory = peak_memory(device)
+            pipe.send(memory and memory - empty)
+            continue
+        repeats = 1
+        if request != "step":
+            model.eval()
+        if request == "cached":
+            repeats = 32
+            if tokens is None:
+                model.config.block_size = DECODE_CONTEXT + 1024  # generate forgets what is beyond
+                tokens = model.generate(prompt, 1024, temperature=0)
+                next(tokens)
+        function = {"step": step, "cached": cached, "uncached": uncached}[request]
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        pipe.send((time.perf_counter() - start) / repeats)
+
+
+def bench(options: Options, model_changes: dict, rounds: int = 7):
+    """Time MoEUT and the dense Transformer of the same size in turn, and print the ratios."""
+    names = [options.preset, dense_counterpart(options.preset)]
+    if names[0] == names[1] or names[1] not in PRESETS:
+        sys.exit(f"--bench compares a preset with its dense counterpart: --preset={options.preset} has none.")
+    changes = {k: v for k, v in model_changes.items() if k in ("vocab_size", "block_size")}
+    if changes != model_changes:
+        sys.exit(f"--bench takes presets as they are: --{next(iter(model_changes.keys() - changes))} cannot be changed.")
+    try:
+        configs = [preset(name, **changes) for name in names]
+    except ValueError as e:
+        sys.exit(f"{e}")
+    context = torch.multiprocessing.get_context("spawn")
+    pipes = []
+    for config in configs:
+        here, there = context.Pipe()
+        context.Process(target=bench_worker, args=(there, config, options), daemon=True).start()
+        pipes.append(here)
+
+    def ask(request: str, rounds: int = 1, warmup: int = 0) -> list[float]:
+        """The median answer of each of the two."""
+        answers = [[], []]
+        for _ in range(warmup + rounds):
+            for pipe, answer in zip(pipes, answers):
+                pipe.send(request)
+                answer.append(pipe.recv())
+        return [statistics.median(a[warmup:]) if a[-1] is not None else math.nan for a in answers]
+
+    device = pick_device(options.device)
+    n_tokens = options.batch_size * configs[0].block_size
+    n_params = []
+    for config in configs:
+        with torch.device("meta"):
+            n_params.append(MoEUT(config).n_params())
+    print(f"torch {torch.__version__}, {device}, {str(pick_dtype(options.dtype, device))[6:]}, compile {options.compile}; a step is "
+          f"{options.batch_size} x {configs[0].block_size} tokens, decoding at {DECODE_CONTEXT} tokens; medians of {rounds} rounds in turn")
+    print(f"{'':34} {names[0]:>14} {names[1]:>14}  ratio")
+
+    def line(name: str, values: list[float], decimals: int = 0):
+        print(f"{name:34} {values[0]:14,.{decimals}f} {values[1]:14,.{decimals}f} {values[0] / values[1]:6.2f}", flush=True)
+
+    line("parameters", n_params)
+    line("MACs per token", [c.macs_per_token() for c in configs])
+    seconds = ask("step", rounds, warmup=3)
+    line("training step, ms", [t * 1e3 for t in seconds], 1)
+    line("training, tokens/s", [n_tokens / t for t in seconds])
+    line("peak memory of training, MiB", ask("memory"))
+    cached, uncached = ask("cached", rounds, warmup=1), ask("uncached", rounds, warmup=1)
+    line("decoding, tokens/s", [1 / t for t in cached], 1)
+    line("decoding without a cache, tokens/s", [1 / t for t in uncached], 1)
+    line("the cache makes it faster by", [b / a for a, b in zip(cached, uncached)], 1)
+    for pipe in pipes:
+        pipe.send("stop")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Finished runs side by side
+
+
+def compare(folders: list[str], picture: Path):
+    """A line for each model, over the seeds it was trained with, and a picture of loss against compute."""
+    groups, common = {}, None
+    for folder in folders:
+        run = load_checkpoint(Path(folder))
+        options, config = run["options"], MoEUTConfig(**run["config"])
+        if not run["history"]:
+            sys.exit(f"The run in {folder} has no evaluation yet: let it go on with --resume.")
+        conditions = {k: options[k] for k in ("data", "tokenizer", "tokens_per_step")} | {"step": run["step"]}
+        common = common or conditions
+        for k, v in conditions.items():
+            if v != common[k]:
+                sys.exit(f"The runs cannot be compared: {k} is {common[k]} in {folders[0]} and {v} in {folder}.")
+        original = preset(options["preset"], vocab_size=config.vocab_size)
+        changed = [f" {f.name}={getattr(config, f.name)}" for f in fields(config)
+                   if getattr(config, f.name) != getattr(original, f.name)]
+        groups.setdefault(options["preset"] + "".join(changed), []).append((config, run["history"]))
+
+    print(f"{common['step']} steps of {common['tokens_per_step']} tokens; bits per byte of the validation text: mean, lowest and "
+          f"highest; seconds and MiB: medians\n{'model':32} runs  parameters  MACs/token  bits/byte    (low    high)  seconds    MiB")
+    mean_of_last = lambda runs: statistics.mean(history[-1]["bits"] for _, history in runs)
+    groups = dict(sorted(groups.items(), key=lambda item: mean_of_last(item[1])))
+    for name, runs in groups.items():
+        config, last = runs[0][0], [history[-1] for _, history in runs]
+        with torch.device("meta"):
+            n_params = MoEUT(config).n_params()
+        bits = [entry["bits"] for entry in last]
+        median = lambda key: statistics.median(entry[key] or math.nan for entry in last)
+        print(f"{name:32} {len(runs):4} {n_params:11,} {config.macs_per_token():11,} {mean_of_last(runs):10.4f} {min(bits):8.4f}"
+              f"{max(bits):8.4f} {median('seconds'):8.0f} {median('peak_mib'):6.0f}")
+
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return print("no picture: it needs matplotlib, pip install -e '.[plot]'")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, runs in groups.items():
+        steps = [entry["step"] for entry in runs[0][1]]
+        curves = [[entry["bits"] for entry in history] for _, history in runs]
+        flops = [step * common["tokens_per_step"] * runs[0][0].estimate_flops() for step in steps]
+        axes.plot(flops, [statistics.mean(at) for at in zip(*curves)], label=name)
+        axes.fill_between(flops, [min(at) for at in zip(*curves)], [max(at) for at in zip(*curves)], alpha=0.3)
+    axes.set(xscale="log", xlabel="floating point operations of training", ylabel="validation loss, bits per byte")
+    axes.legend()
+    figure.savefig(picture)
+    print(f"loss against compute: {picture}")
 
 
 def main():
@@ -625,6 +820,12 @@ def main():
     names = {f.name for f in fields(Options)}
     chosen = {k: v for k, v in given.items() if k in names}
     model_changes = {k: v for k, v in given.items() if k not in names}
+    if chosen.get("bench"):
+        options = Options(**{"preset": "small", **chosen})
+        check(options)
+        return bench(options, model_changes)
+    if "compare" in chosen:
+        return compare(chosen["compare"], Path(chosen.get("out", ".")) / "compare.svg")
     checkpoint = None
     if chosen.get("resume"):
         fixed = [f"--{k}" for k in (*model_changes, "preset", "tokenizer") if k in given]
