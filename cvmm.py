@@ -961,7 +961,7 @@ def inspect(compiled) -> dict:
 def report(only: list[str]):
     """Compile every distinct launch of the shapes above for all targets and print a line for each.
 
-    only: names of shapes and of dtypes and numbers of tokens, to print less.
+    only: names of shapes, dtypes, numbers of tokens and targets, to print less.
     """
     pick = lambda choices: [c for c in choices if c in only] or choices
     print("first seen as: kernel, use, shape, tokens, dtype, rows of a tile, target")
@@ -970,7 +970,7 @@ def report(only: list[str]):
         for shape in pick(list(SHAPES)):
             for n_tokens in pick(["65536", "2048", "128"]):
                 for kernel, _, tensors, rest, use in real_launches(shape, int(n_tokens), getattr(torch, dtype)):
-                    for target in TARGETS if kernel else ():
+                    for target in pick(list(TARGETS)) if kernel else ():
                         key, build = compile_for(target, kernel, tensors, rest)
                         if (target, key) not in seen:
                             seen.add((target, key))

@@ -14,15 +14,18 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # lets the kernels run on a CPU; Triton must not be imported yet
+
+from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
 import cvmm
 import moeut
@@ -110,6 +113,13 @@ def test_definition():
     for s in range(12):
         out[s // fan_out] += x[s // fan_in] @ w[expert[s]]
     close([cvmm.cvmm_definition(x, w, expert, fan_in, fan_out)], [out])
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("fans", FANS.values(), ids=FANS)
+def test_few_slots(fans, transposed):
+    x, w, expert = slots(fans, "random", CPU, transposed=transposed)
+    close([cvmm.few_slots_matmul(x, w, expert, *fans)], [cvmm.cvmm_definition(x, w, expert, *fans)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -506,9 +516,11 @@ def test_what_the_kernels_compile_to():
     """Ahead of time, for the 44M, 244M and 1B models: no spills, tensor cores, asynchronous copies, no atomics."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cvmm.py")
-    out = subprocess.run([sys.executable, script, "--report", "bfloat16", "65536"], env=env, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    lines = [line for line in out.stdout.splitlines() if "_kernel," in line]
+    command = [sys.executable, script, "--report", "bfloat16", "65536"]
+    halves = [subprocess.Popen(command + targets, env=env, stdout=subprocess.PIPE, text=True)  # one for each core
+              for targets in (["sm_90"], ["sm_80", "gfx942"])]
+    lines = [line for half in halves for line in half.communicate()[0].splitlines() if "_kernel," in line]
+    assert [half.returncode for half in halves] == [0, 0]
     found = {target: [line for line in lines if f", {target}" in line] for target in cvmm.TARGETS}
     assert len(found["sm_80"]) == len(found["sm_90"]) == len(found["gfx942"]) >= 8
     for target, mma in (("sm_80", "HMMA"), ("sm_90", "HGMMA")):
@@ -563,6 +575,50 @@ def tokens(*shape):
 def test_parameter_counts_of_the_paper(name, count):
     with torch.device("meta"):
         assert MoEUT(preset(name)).n_params() == count
+
+
+def n_params(config) -> int:
+    with torch.device("meta"):
+        return MoEUT(config).n_params()
+
+
+@pytest.mark.parametrize("name", ["dense-tiny", "universal-tiny", "sigma-moe-tiny", "switchhead-tiny", "dense-small"])
+def test_presets_have_equally_many_parameters(name):
+    assert n_params(preset(name)) == pytest.approx(n_params(preset(name.split("-")[-1])), rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["tiny", "dense-tiny", "sigma-moe-tiny", "switchhead-tiny", "moeut-44M"])
+def test_idle_params(name):
+    """As many as a model with the chosen experts only lacks, rows of the routers apart."""
+    c = preset(name)
+    few = replace(c, n_expert=c.top_k, n_att_expert=c.att_top_k)
+    rows = (c.n_expert - c.top_k) * (c.ffn == "moe") + 2 * c.n_head * (c.n_att_expert - c.att_top_k) * (c.attention == "moe")
+    assert c.idle_params() == n_params(c) - n_params(few) - c.group_size * rows * c.n_embd
+
+
+def test_table_of_presets(capsys):
+    moeut.print_presets()
+    table = capsys.readouterr().out
+    assert [name for name in moeut.PRESETS if f"{name} " not in table] == [] and "44,345,792" in table
+
+
+@pytest.mark.parametrize("name", ["tiny", "dense-tiny", "sigma-moe-tiny", "switchhead-tiny"])
+def test_flop_counter(name, path, monkeypatch):
+    """torch counts 2 operations per MAC of the formula, which has the gates on top, and twice as many backward.
+    With all experts computed, that many more."""
+    cvmm.register_flops()
+    c, B = preset(name), 2
+    model, idx = MoEUT(c), tokens(B, c.block_size)
+    with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
+        loss = model(idx, idx).loss
+    gates = c.top_k * c.expert_size * (c.ffn == "moe") + 2 * c.att_top_k * c.n_head * c.head_size * (c.attention == "moe")
+    idle = 2 * (c.n_att_expert - c.att_top_k) * c.n_head * c.head_size * c.n_embd
+    extra = idle * (c.attention == "moe" and cvmm.ALL_EXPERTS > 0)
+    macs = c.macs_per_token() + c.n_embd * c.vocab_size + c.n_layer * (extra - gates)
+    assert forward.get_total_flops() == 2 * B * c.block_size * macs
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(MoEUTConfig) if f.type is int])
@@ -1072,6 +1128,41 @@ def test_recompute_option(run):
     close(load("--recompute")["model"].values(), load("--no-recompute")["model"].values(), 1e-6)
 
 
+def test_compare(run, capsys):
+    """Mean and range over the seeds; a changed field makes another model, changed data forbids to compare."""
+    for name, *options in (("a1", "--seed=1"), ("a2", "--seed=2"), ("b", "--seed=1", "--top_k=1"), ("c", "--steps=9")):
+        run(train, *SMALL, *options, f"--out={name}")
+    capsys.readouterr()
+    run(train, "--compare", "a1", "a2", "b")
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("  ")[0]: line.split()[-8:] for line in lines if line.startswith("tiny")}
+    assert len(rows) == 2
+    (two,) = [cells for name, cells in rows.items() if "top_k" not in name]
+    bits = [load(name)["history"][-1]["bits"] for name in ("a1", "a2")]
+    assert two[0] == "2" and [float(b) for b in two[3:6]] == pytest.approx([sum(bits) / 2, min(bits), max(bits)], abs=1e-4)
+    with pytest.raises(SystemExit, match="step is 6 in a1 and 9 in c"):
+        run(train, "--compare", "a1", "c")
+
+
+def test_history(run):
+    """An entry for each evaluation; the time of evaluations does not count, and a resumed run goes on with it."""
+    run(train, *SMALL)
+    run(train, "--resume", "--steps=9")
+    history = load("out")["history"]
+    assert [entry["step"] for entry in history] == [3, 6, 9]
+    assert 0 < history[0]["seconds"] < history[1]["seconds"] < history[2]["seconds"]
+    assert all(entry["bits"] > 0 for entry in history)
+
+
+def test_bench():
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    out = subprocess.run([sys.executable, script, "--bench", "--preset=tiny", "--batch_size=1", "--block_size=16"],
+                         capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    rows = [line for line in out.stdout.splitlines() if re.search(r"\d +\d+\.\d\d$", line)]
+    assert len(rows) == 8, out.stdout
+
+
 def test_learning_rate():
     """Linear to the peak, then half a cosine to a tenth of it."""
     o = train.Options(lr=1.0, warmup=10, steps=110, final_lr=0.1)
@@ -1228,6 +1319,8 @@ BAD = {
         "--data=missing.txt": "missing.txt", "--data=empty.txt": "text", "--data=short.txt": "--block_size",
         "--data=latin1.txt": "latin1.txt", "--data=empty": "empty",
         "--n_layer=3 --group_size=2": "n_layer", "--n_head=0": "n_head", "--top_k=5": "top_k", "--preset=huge": "huge",
+        "--bench": "--bench takes presets as they are", "--bench --preset=dense-44M": "dense-44M",
+        "--compare nowhere": "nowhere", "--compare text.txt": "text.txt",
         "--vocab_size=100": "--vocab_size", "--dtype=int8": "int8", "--compile=maybe": "maybe",
         "--device=abacus": "abacus", "--device=cuda:99": "cuda:99", "--out=text.txt": "text.txt",
         "--tokenizer=klingon": "klingon", "--tokenizer=no.tiktoken": "no.tiktoken",
