@@ -262,6 +262,7 @@ def torch_ffn(x, w_up, w_down, gate, r: Routing):
         he, ge, ye = (t[rows].unflatten(0, (n, -1)) for t in (h, g, y))
         torch.bmm(_take(x, token[rows], n), w_up[e], out=he)
         torch.bmm(he.relu_().mul_(ge), w_down[e], out=ye)  # h is finished in place
+    h[rows.stop:] = 0  # rows of no group
     return _sum_slots(y, r.row, gate.shape[1]), h
 
 
@@ -655,7 +656,18 @@ def _ffn_backward(
 @_ffn_backward.register_fake
 def _(dout, x, h, w_up, w_down, gate, expert, slot, row, offsets, table):
     dw_up, dw_down = (w.new_empty(w.shape, dtype=grad_dtype(x)) for w in (w_up, w_down))
-    return torch.empty_like(x), dw_up, dw_down, torch.empty_like(gate)
+    return x.new_empty(x.shape), dw_up, dw_down, gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("moeut::spread", mutates_args=())
+def _spread(values: Tensor, expert: Tensor, n_expert: int) -> Tensor:
+    """values, expert [..., K] -> [..., E]: zeros, and the values at the chosen experts"""
+    return values.new_zeros(*values.shape[:-1], n_expert).scatter_(-1, expert, values)
+
+
+@_spread.register_fake
+def _(values, expert, n_expert):
+    return values.new_empty(*values.shape[:-1], n_expert)
 
 
 @functools.cache
@@ -673,8 +685,27 @@ def register_flops():
 
 
 # ---------------------------------------------------------------------------------------------------
-# Autograd. Both functions take every weight twice: as the parameter, which receives the gradient in
+# Autograd. The two matmuls take every weight twice: as the parameter, which receives the gradient in
 # its own precision, and as a detached copy in the precision of the matmul (see `cast`).
+
+
+class _TopK(torch.autograd.Function):
+    """topk, whose gradient is opaque to the compiler: torch 2.13's inductor, when it sees the scatter, may read
+    the result before it is written, and the gates' gradient is lost."""
+
+    @staticmethod
+    def forward(ctx, logits, top_k):
+        chosen, expert = logits.topk(top_k, dim=-1, sorted=False)
+        ctx.save_for_backward(expert)
+        ctx.mark_non_differentiable(expert)
+        ctx.n_expert = logits.shape[-1]
+        return chosen, expert
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dchosen, _):
+        (expert,) = ctx.saved_tensors
+        return _spread(dchosen.contiguous(), expert, ctx.n_expert), None
 
 
 class _CVMM(torch.autograd.Function):
@@ -717,6 +748,11 @@ class _ExpertFFN(torch.autograd.Function):
 
 # ---------------------------------------------------------------------------------------------------
 # The public functions
+
+
+def topk(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The top_k largest logits and their experts, both [..., top_k], of logits [..., E]. Differentiable in logits."""
+    return _TopK.apply(logits, top_k)
 
 
 class Weight(NamedTuple):

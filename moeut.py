@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cvmm import Weight, cast, expert_ffn, expert_outputs, expert_values, route
+from cvmm import Weight, cast, expert_ffn, expert_outputs, expert_values, route, topk
 
 # ---------------------------------------------------------------------------------------------------
 # Configuration
@@ -261,7 +261,7 @@ def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     The score is a sigmoid, which keeps the order, so only the chosen logits need one.
     """
-    chosen, expert = logits.topk(top_k, dim=-1, sorted=False)
+    chosen, expert = topk(logits, top_k)
     return chosen.sigmoid(), expert
 
 
