@@ -454,6 +454,24 @@ class Layer(nn.Module):
         return x, *(None if logits is None else usage(logits) for logits in (att_logits, ffn_logits))
 
 
+# Our names of a layer's parameters, and the authors'; two of theirs are concatenated
+OFFICIAL_NAMES = {
+    "attention.qk.weight": "attention.q.weight attention.k.weight",
+    "attention.router.weight": "attention.sel_v attention.sel_o",
+    "attention.w_v": "attention.v", "attention.w_o": "attention.o",
+    "ffn.w_up": "ffn.keys", "ffn.w_down": "ffn.values", "ffn.router.weight": "ffn.expert_sel",
+    **{f"{ln}.{kind}": f"{ln}.{kind}" for ln in ("ln1", "ln2") for kind in ("weight", "bias")},
+}
+OFFICIAL_TRAINING_NAMES = {
+    "attention.qk.weight": "self_attn.projections.q self_attn.projections.k",
+    "attention.router.weight": "self_attn.selections.v self_attn.selections.o",
+    "attention.w_v": "self_attn.projections.v", "attention.w_o": "self_attn.projections.o",
+    "ffn.w_up": "pkm.keys", "ffn.w_down": "pkm.values", "ffn.router.weight": "pkm.expert_sel",
+    "ln1.weight": "self_attn.norm.weight", "ln1.bias": "self_attn.norm.bias",
+    "ln2.weight": "pkm.norm.weight", "ln2.bias": "pkm.norm.bias",
+}
+
+
 class Output(NamedTuple):
     logits: Tensor  # [B, T, vocab_size]
     loss: Tensor | None  # cross entropy in nats per token; None without targets
@@ -484,30 +502,28 @@ class MoEUT(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor], config: MoEUTConfig) -> "MoEUT":
-        """A model with the weights of the authors' `MoEUTLM` (github.com/RobertCsordas/moeut).
+        """A model with the weights of the authors: of `MoEUTLM` in their clean repository (github.com/
+        RobertCsordas/moeut), or of the model in their training code (.../moeut_training_code).
 
         Args: its state_dict(); the config, whose sizes must be those of the weights.
         Raises ValueError when names or shapes do not fit.
         """
-        theirs = dict(state_dict)
+        training = "output.weight" in state_dict
+        layer, head = ("unique_layers.{}.", "output") if training else ("transformer.layers.{}.", "lm_head")
+        names = OFFICIAL_TRAINING_NAMES if training else OFFICIAL_NAMES
+        theirs = {k: v for k, v in state_dict.items() if not k.endswith((".iter", ".kv_sel_counts_100"))}  # statistics
         ours = {}
         try:
             for g in range(config.group_size):
-                a, b = f"transformer.layers.{g}.", f"layers.{g}."
-                ours[b + "attention.qk.weight"] = torch.cat([theirs.pop(a + f"attention.{x}.weight") for x in "qk"])
-                ours[b + "attention.router.weight"] = torch.cat([theirs.pop(a + f"attention.sel_{x}") for x in "vo"])
-                for new, old in (("attention.w_v", "attention.v"), ("attention.w_o", "attention.o"),
-                                 ("ffn.w_up", "ffn.keys"), ("ffn.w_down", "ffn.values"),
-                                 ("ffn.router.weight", "ffn.expert_sel"), ("ln1.weight", "ln1.weight"),
-                                 ("ln1.bias", "ln1.bias"), ("ln2.weight", "ln2.weight"), ("ln2.bias", "ln2.bias")):
-                    ours[b + new] = theirs.pop(a + old)
-            for new, old in (("embedding.weight", "embedding.weight"), ("ln.weight", "out_norm.weight"),
-                             ("ln.bias", "out_norm.bias"), ("head.weight", "lm_head.weight"), ("head.bias", "lm_head.bias")):
-                ours[new] = theirs.pop(old)
+                for new, old in names.items():
+                    ours[f"layers.{g}.{new}"] = torch.cat([theirs.pop(layer.format(g) + name) for name in old.split()])
+            for new, old in {"embedding": "embedding", "ln": "out_norm", "head": head}.items():
+                for kind in ("weight",) if new == "embedding" else ("weight", "bias"):
+                    ours[f"{new}.{kind}"] = theirs.pop(f"{old}.{kind}")
             model = cls(config)
             model.load_state_dict(ours)
         except KeyError as e:
-            raise ValueError(f"These are not weights of the authors' MoEUTLM with this group_size: {e} is missing.") from None
+            raise ValueError(f"These are not weights of the authors' MoEUT with this group_size: {e} is missing.") from None
         except RuntimeError as e:
             raise ValueError(f"The config does not fit the authors' weights: {str(e).splitlines()[-1].strip()}") from None
         if theirs:

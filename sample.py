@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from moeut import MoEUT, MoEUTConfig
-from train import Options, Tokenizer, load_checkpoint, option, parse_options, pick_device
+from train import Options, load_model, option, parse_options, pick_device
 
 
 @dataclass
@@ -27,6 +26,8 @@ class SampleOptions:
     top_k: int = option(0, "keep the k most likely tokens only; 0 keeps all")
     top_p: float = option(1.0, "keep the fewest tokens that make up this probability")
     seed: int = option(0, "the same seed gives the same text")
+    tokenizer: str = option("bytes", "for a checkpoint of the paper's authors, which holds none; see train.py")
+    preset: str = option("tiny", "for a bare state dict of the authors, which does not say what model it is")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
@@ -64,12 +65,8 @@ def main():
             sys.exit(f"--{name} is {getattr(options, name)}: it must be {rule}.")
     prompt = read_prompt(options, given)
     device = pick_device(options.device)
-    checkpoint = load_checkpoint(Path(options.out))
-    tokenizer = Tokenizer(checkpoint["tokenizer"])
-    with torch.device(device):
-        model = MoEUT(MoEUTConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    model.eval()
+    model, tokenizer = load_model(Path(options.out), options.tokenizer, options.preset, {})
+    model.to(device).eval()
 
     try:
         ids = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.end]

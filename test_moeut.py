@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import fields, replace
 
 import numpy as np
@@ -985,6 +986,83 @@ def test_from_official_refuses(change, named):
         MoEUT.from_official(theirs, tiny())
 
 
+def official_training_checkpoint(folder, monkeypatch):
+    """What the authors' training code saves of the model in official_state(), and that state."""
+    clean, (old, new) = official_state(), (moeut.OFFICIAL_NAMES, moeut.OFFICIAL_TRAINING_NAMES)
+    weights = {}
+    for g in range(2):
+        for name in old:
+            for a, b in zip(old[name].split(), new[name].split(), strict=True):
+                weights[f"unique_layers.{g}.{b}"] = clean[f"transformer.layers.{g}.{a}"]
+        weights |= {f"unique_layers.{g}.pkm.iter": torch.tensor(7), f"unique_layers.{g}.pkm.kv_sel_counts_100": torch.zeros(6, 7)}
+    weights |= {k.replace("lm_head", "output"): v for k, v in clean.items() if "layers" not in k}
+    args = {"transformer.n_heads": 3, "transformer.encoder_n_layers": 4, "lm.unroll": 16, "pkm.n_heads": 2, "moe.att.k": 2}
+    module = types.ModuleType("framework.data_structures.dotdict")
+    module.DotDict = type("DotDict", (dict,), {"__module__": module.__name__})  # a class of theirs, not importable here
+    with monkeypatch.context() as patch:
+        for name in ("framework", "framework.data_structures", module.__name__):
+            patch.setitem(sys.modules, name, module)
+        torch.save({"state": module.DotDict(iter=100), "run_invariants": {"args": args}, "model": weights}, folder / "theirs.pt")
+    return clean
+
+
+RANKS = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(32))  # and end of text: 33 tokens
+
+
+def test_init_from_official(run, tmp_path, monkeypatch, capsys):
+    """Training and sampling begin with the authors' weights, whichever of their programs saved them."""
+    clean = official_training_checkpoint(tmp_path, monkeypatch)
+    torch.save(clean, "clean.pt")
+    (tmp_path / "few.tiktoken").write_bytes(RANKS)
+    model, _ = train.load_model(tmp_path / "theirs.pt", "few.tiktoken", "tiny", {})
+    assert model.config == tiny(ffn_size=512)
+    changes = {f.name: getattr(model.config, f.name) for f in fields(MoEUTConfig) if f.name != "vocab_size"}
+    same, _ = train.load_model(tmp_path / "clean.pt", "few.tiktoken", "tiny", changes)
+    idx = tokens(2, 16)
+    assert torch.equal(model.eval()(idx).logits, same.eval()(idx).logits)
+    run(sample, "--out=theirs.pt", "--tokenizer=few.tiktoken", "--max_new_tokens=5", "--device=cpu")
+    (tmp_path / "low.txt").write_bytes(bytes(range(32)) * 40)
+    run(train, "--init_from=theirs.pt", "--tokenizer=few.tiktoken", "--data=low.txt", "--steps=1", "--lr=1e-9", "--weight_decay=0",
+        "--batch_size=2", "--tokens_per_step=32", "--eval_tokens=32", "--sample_tokens=4", "--device=cpu")
+    close(load("out")["model"].values(), model.state_dict().values(), 1e-6)
+    for arguments, culprit in ((["--out=theirs.pt"], "33 tokens"), (["--out=clean.pt", "--tokenizer=few.tiktoken"], "clean.pt")):
+        with pytest.raises(SystemExit, match=culprit):
+            run(sample, *arguments, "--device=cpu")
+
+
+def test_init_from_own_checkpoint(run):
+    """With the model and the tokenizer of that run, but from step 0."""
+    run(train, *SMALL, "--out=first")
+    more = [option for option in SMALL if option not in MODEL]
+    run(train, *more, "--init_from=first", "--out=second", "--steps=1", "--lr=1e-9", "--weight_decay=0")
+    close(load("second")["model"].values(), load("first")["model"].values(), 1e-6)
+    assert load("second")["step"] == 1
+    with pytest.raises(SystemExit, match="n_embd cannot be changed"):
+        run(train, *SMALL, "--init_from=first")
+
+
+def test_sentencepiece(run, tmp_path, capsys):
+    """A tokenizer of the authors' kind; spaces are kept, and the checkpoint holds it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = "the cat sat on the mat and the dog sat on the log\n" * 60
+    (tmp_path / "words.txt").write_text(text)
+    sentencepiece.SentencePieceTrainer.train(
+        input="words.txt", model_prefix="words", vocab_size=40, model_type="bpe", minloglevel=2)
+    tokenizer = train.Tokenizer(train.load_tokenizer("words.model"))
+    ids = tokenizer.encode("the dog sat").tolist()
+    assert "".join(tokenizer.stream([*ids, tokenizer.end, 5])) == " the dog sat" and tokenizer.n_vocab == 40
+    run(train, *SMALL, "--data=words.txt", "--tokenizer=words.model")
+    run(sample, "--prompt=the cat", "--max_new_tokens=5", "--device=cpu")
+    (tmp_path / "bad.model").write_bytes(b"no model")
+    with pytest.raises(SystemExit, match="bad.model"):
+        run(train, *SMALL, "--tokenizer=bad.model")
+
+
+def test_padded_vocabulary(run):
+    """A vocabulary larger than the tokenizer's: tokens without text may be sampled, and have none."""
+    run(train, *SMALL, "--vocab_size=2000", "--sample_tokens=64", "--steps=1")
+
+
 # Generation
 
 
@@ -1324,10 +1402,11 @@ BAD = {
         "--n_layer=3 --group_size=2": "n_layer", "--n_head=0": "n_head", "--top_k=5": "top_k", "--preset=huge": "huge",
         "--bench": "--bench takes presets as they are", "--bench --preset=dense-44M": "dense-44M",
         "--compare nowhere": "nowhere", "--compare text.txt": "text.txt",
-        "--vocab_size=100": "--vocab_size", "--dtype=int8": "int8", "--compile=maybe": "maybe",
+        "--vocab_size=100": "vocab_size", "--dtype=int8": "int8", "--compile=maybe": "maybe",
         "--device=abacus": "abacus", "--device=cuda:99": "cuda:99", "--out=text.txt": "text.txt",
         "--tokenizer=klingon": "klingon", "--tokenizer=no.tiktoken": "no.tiktoken",
         "--tokenizer=bad.tiktoken": "bad.tiktoken",
+        "--init_from=nowhere": "nowhere", "--tokenizer=no.model": "no.model",
         "--resume --out=nowhere": "nowhere", "--resume --out=text.txt": "text.txt",
         "--resume --out=other.pt": "other.pt",
         "--resume --n_layer=4": "--n_layer", "--resume --tokenizer=gpt2": "--tokenizer",

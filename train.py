@@ -48,10 +48,11 @@ def option(default, help: str):
 @dataclass
 class Options:
     data: list[str] = option([], "text files, folders or patterns; none: the Python standard library")
-    tokenizer: str = option("bytes", "bytes, a name known to tiktoken such as gpt2, or a .tiktoken file")
+    tokenizer: str = option("bytes", "bytes, a name known to tiktoken such as gpt2, a .tiktoken file, or a SentencePiece .model")
     out: str = option("out", "folder for the checkpoint and the tokenized text")
     resume: bool = option(False, "go on from the checkpoint in --out, with the options it was started with")
     preset: str = option("tiny", "model to start from (see PRESETS in moeut.py)")
+    init_from: str = option("", "begin with the weights of a checkpoint: of this program or of the paper's authors")
     steps: int = option(1100, "optimizer steps")
     tokens_per_step: int = option(1024, "tokens for one optimizer step, over all processes")
     batch_size: int = option(8, "sequences at a time; the rest of a step is accumulated")
@@ -163,7 +164,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(name: str) -> dict:
-    """What defines the tokenizer of that name: pat_str, mergeable_ranks, special_tokens."""
+    """What defines the tokenizer of that name: pat_str, mergeable_ranks and special_tokens, or a SentencePiece model."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return dict(name=name, pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
@@ -179,8 +180,13 @@ def load_tokenizer(name: str) -> dict:
             sys.exit(f"{name} is not a .tiktoken file: each line must hold a token in base64 and its rank.")
         words = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
         return dict(name=name, pat_str=words, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    if name.endswith(".model"):
+        try:
+            return dict(name=name, sentencepiece=Path(name).read_bytes())
+        except OSError as e:
+            sys.exit(f"The tokenizer {name} cannot be read: {e.strerror}.")
     if name not in tiktoken.list_encoding_names():
-        sys.exit(f"There is no tokenizer {name!r}: give bytes, a .tiktoken file, or one of {', '.join(tiktoken.list_encoding_names())}.")
+        sys.exit(f"There is no tokenizer {name!r}: give bytes, a .tiktoken or .model file, or one of {', '.join(tiktoken.list_encoding_names())}.")
     try:
         e = tiktoken.get_encoding(name)
     except Exception:
@@ -188,15 +194,49 @@ def load_tokenizer(name: str) -> dict:
     return dict(name=name, pat_str=e._pat_str, mergeable_ranks=e._mergeable_ranks, special_tokens=e._special_tokens)
 
 
+class SentencePiece:
+    """A SentencePiece model as far as Tokenizer needs a tiktoken.Encoding. The authors' models have such tokenizers."""
+
+    def __init__(self, name: str, sentencepiece: bytes):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            sys.exit(f"The tokenizer {name} needs the package sentencepiece: pip install -e '.[sentencepiece]'")
+        try:
+            self.processor = SentencePieceProcessor(model_proto=sentencepiece)
+        except RuntimeError:
+            sys.exit(f"{name} is not a SentencePiece model.")
+        self.n_vocab, self.end = self.processor.get_piece_size(), self.processor.eos_id()
+        if self.end < 0:
+            sys.exit(f"The SentencePiece model {name} has no end-of-text token: train it with one (eos_id).")
+
+    def encode_to_numpy(self, text: str, disallowed_special) -> np.ndarray:
+        return np.array(self.processor.encode(text), np.uint32)
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        piece = self.processor.id_to_piece(token)
+        if self.processor.is_byte(token):  # such as <0x0A>
+            return bytes([int(piece[1:-1], 16)])
+        return b"" if self.processor.is_control(token) else piece.replace("\u2581", " ").encode()
+
+
 class Tokenizer:
     """encode and decode, and the token `end` that closes a document."""
 
     def __init__(self, spec: dict):
         self.spec = spec
-        self.encoding = tiktoken.Encoding(**spec)
+        if "sentencepiece" in spec:
+            self.encoding, self.unknown = SentencePiece(**spec), set()
+            self.end = self.encoding.end
+            defined_by = spec["sentencepiece"]
+        else:
+            self.encoding = tiktoken.Encoding(**spec)
+            self.unknown = {bytes([i]) for i in range(256)} - spec["mergeable_ranks"].keys()
+            self.end = spec["special_tokens"][END_OF_TEXT]
+            ranks = b"".join(k + b"%d" % v for k, v in sorted(spec["mergeable_ranks"].items()))
+            defined_by = json.dumps([spec["pat_str"], spec["special_tokens"]]).encode() + ranks
         self.n_vocab = self.encoding.n_vocab
-        self.end = spec["special_tokens"][END_OF_TEXT]
-        self.unknown = {bytes([i]) for i in range(256)} - spec["mergeable_ranks"].keys()
+        self.fingerprint = hashlib.sha256(defined_by).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids as uint32; special tokens in the text are text. Raises ValueError for a character
@@ -217,7 +257,8 @@ class Tokenizer:
         for token in tokens:
             if token == self.end:
                 break
-            yield decoder.decode(self.encoding.decode_single_token_bytes(token))
+            if token < self.n_vocab:  # the others only pad the model's vocabulary
+                yield decoder.decode(self.encoding.decode_single_token_bytes(token))
         yield decoder.decode(b"", final=True)
 
 
@@ -288,10 +329,8 @@ def tokenize(patterns: list[str], tokenizer: Tokenizer, folder: Path, block_size
     """
     files = find_files(patterns)
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    spec = tokenizer.spec
-    ranks = b"".join(k + b"%d" % v for k, v in sorted(spec["mergeable_ranks"].items()))
-    key = json.dumps([2, stats, spec["pat_str"], spec["special_tokens"], VALIDATION]).encode() + ranks
-    name = hashlib.sha256(key).hexdigest()[:16]
+    key = json.dumps([3, stats, tokenizer.fingerprint, VALIDATION])
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     done = folder / f"{name}.json"
 
@@ -401,17 +440,71 @@ def save_checkpoint(
     write_aside(folder / "checkpoint.pt", lambda part: torch.save(checkpoint, part))
 
 
-def load_checkpoint(folder: Path) -> dict:
-    path = folder / "checkpoint.pt" if folder.is_dir() else folder
+OURS = {"step", "options", "config", "tokenizer", "history", "model", "optimizer", "scaler"}
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What is in the file, or in checkpoint.pt of the folder; empty if that is no dict of plain data and tensors."""
+    path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
         sys.exit(f"There is no checkpoint at {path}: `python train.py` makes one, --out says where.")
+    theirs = "framework.data_structures.dotdict.DotDict"  # a class in the authors' checkpoints, read as a dict
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint.keys() >= {"step", "options", "config", "tokenizer", "history", "model", "optimizer", "scaler"}:
-            return checkpoint
+        with torch.serialization.safe_globals([(dict, theirs)]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever unpickling a foreign file may raise
-        pass
-    sys.exit(f"{path} is not a checkpoint of this train.py.")
+        return {}
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def load_checkpoint(path: Path) -> dict:
+    checkpoint = read_checkpoint(path)
+    if not checkpoint.keys() >= OURS:
+        sys.exit(f"{path} is not a checkpoint of this train.py.")
+    return checkpoint
+
+
+def official_config(args: dict, weights: dict) -> MoEUTConfig:
+    """The sizes of a model of the authors' training code, from its command line and its weights."""
+    E, C, F = weights["unique_layers.0.pkm.keys"].shape
+    n_head = args["transformer.n_heads"]
+    return MoEUTConfig(
+        vocab_size=len(weights["embedding.weight"]), block_size=args["lm.unroll"], n_layer=args["transformer.encoder_n_layers"],
+        group_size=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("unique_layers.")),
+        n_embd=C, n_head=n_head, head_size=len(weights["unique_layers.0.self_attn.projections.q"]) // n_head,
+        n_expert=E, expert_size=F, top_k=args["pkm.n_heads"],
+        n_att_expert=len(weights["unique_layers.0.self_attn.selections.v"]) // n_head, att_top_k=args["moe.att.k"])
+
+
+def load_model(path: Path, tokenizer: str, preset_name: str, changes: dict) -> tuple[MoEUT, Tokenizer]:
+    """The model and the tokenizer of a checkpoint: of this program, or of the paper's authors.
+
+    Theirs hold no tokenizer: it is the one named. Those of their training code say the sizes of the model; a
+    bare state dict of their clean repository has those of the preset with the changes.
+    """
+    stored = read_checkpoint(path)
+    args = (stored.get("run_invariants") or {}).get("args")
+    if changes and (args or stored.keys() >= OURS):
+        sys.exit(f"--{next(iter(changes))} cannot be changed: the checkpoint {path} says what the model is.")
+    if stored.keys() >= OURS:
+        model = MoEUT(MoEUTConfig(**stored["config"]))
+        model.load_state_dict(stored["model"])
+        return model, Tokenizer(stored["tokenizer"])
+    weights = stored.get("model", stored)
+    try:
+        config = official_config(args, weights) if args else preset(
+            preset_name, vocab_size=len(weights["embedding.weight"]), **changes)
+        model = MoEUT.from_official(weights, config)
+        theirs = Tokenizer(load_tokenizer(tokenizer))
+        if theirs.n_vocab == config.vocab_size:
+            return model, theirs
+        sys.exit(f"The model in {path} knows {config.vocab_size} tokens and the tokenizer {tokenizer} has {theirs.n_vocab}: "
+                 "give the one that it was trained with, --tokenizer=file.model")
+    except KeyError as e:
+        reason = f"{e} is missing"
+    except ValueError as e:
+        reason = str(e)
+    sys.exit(f"{path} is not a checkpoint of this train.py, nor can it be read as one of the authors: {reason.rstrip('.')}.")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -532,13 +625,17 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
     if checkpoint:
         tokenizer, config = Tokenizer(checkpoint["tokenizer"]), MoEUTConfig(**checkpoint["config"])
     else:
-        tokenizer = Tokenizer(load_tokenizer(options.tokenizer))
-        try:
-            config = preset(options.preset, **{"vocab_size": tokenizer.n_vocab, **model_changes})
-        except ValueError as e:
-            sys.exit(f"{e}")
+        if options.init_from:
+            initial, tokenizer = load_model(Path(options.init_from), options.tokenizer, options.preset, model_changes)
+            config = initial.config
+        else:
+            tokenizer = Tokenizer(load_tokenizer(options.tokenizer))
+            try:
+                config = preset(options.preset, **{"vocab_size": tokenizer.n_vocab, **model_changes})
+            except ValueError as e:
+                sys.exit(f"{e}")
         if config.vocab_size < tokenizer.n_vocab:
-            sys.exit(f"--vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.n_vocab} tokens.")
+            sys.exit(f"The model's vocab_size is {config.vocab_size}, but the tokenizer {tokenizer.spec['name']} has {tokenizer.n_vocab} tokens.")
     T, out = config.block_size, Path(options.out)
     if master:
         corpus = tokenize(options.data, tokenizer, out / "tokens", T)
@@ -555,7 +652,7 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
     accumulate = sequences // batch_size
 
     torch.manual_seed(options.seed)
-    model = MoEUT(config).to(device)
+    model = (MoEUT(config) if checkpoint or not options.init_from else initial).to(device)
     model.recompute = options.recompute
     optimizer = make_optimizer(model, options)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
