@@ -30,9 +30,9 @@ A *row* is a place in that sorted list: it holds the slots of expert 0, then tho
 expert e owns the rows offsets[e] .. offsets[e+1]. This `Routing` is made once per choice and serves
 every matmul of that choice, forward and backward.
 
-In this file, top to bottom: the definition; the routing; the PyTorch path (any device); the Triton
-path; the choice between them; the custom ops; autograd; the public functions `cvmm`, `expert_ffn`,
-`expert_values` and `expert_outputs`; the bench.
+In this file, top to bottom: the definition; the routing; few slots, which need none; the PyTorch path
+(any device); the Triton path; the choice between them; the custom ops; autograd; the public functions
+`topk`, `cvmm`, `expert_ffn`, `expert_values` and `expert_outputs`; the bench.
 
 Letters: N tokens, K chosen experts (top_k), E experts, C width, F expert size, M slots, R rows (M, and
 the padding on the PyTorch path); H heads, D head size, A experts per head, J chosen of them; a matrix
@@ -69,12 +69,10 @@ if torch.cuda.is_available() or INTERPRETED or __name__ == "__main__":
 
 
 def cvmm_definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: int) -> Tensor:
-    """The operation, word for word; it gathers a whole matrix for every slot.
+    """The operation, word for word; it gathers a whole matrix for every slot. All else is tested against this.
 
     Args: x [M / fan_in, I]; w [E, I, O]; expert [M], the expert of each slot.
     Returns [M / fan_out, O].
-
-    All else in this file is tested against this.
     """
     rows = x.repeat_interleave(fan_in, dim=0)                                # [M, I]
     out = torch.bmm(rows.unsqueeze(1), w[expert]).squeeze(1)                 # [M, O]
@@ -103,7 +101,7 @@ FEW_SLOTS = 64  # decoding, without gradients: up to here sorting costs more tha
 
 
 def is_decoding(n_slots: int) -> bool:
-    """The slots are so few that the definition is the fastest way. (Its gradient would not be.)"""
+    """The slots are so few that few_slots_matmul is the fastest way. (Its gradient would not be.)"""
     return n_slots <= FEW_SLOTS and not torch.is_grad_enabled()
 
 
@@ -127,7 +125,7 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 
 
 def few_slots_matmul(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: int) -> Tensor:
-    """What cvmm_definition computes."""
+    """What cvmm_definition computes: x [M / fan_in, I], w [E, I, O], expert [M] -> [M / fan_out, O]"""
     (_, n_in), n_out = x.shape, w.shape[2]
     rows = x.unsqueeze(1).expand(-1, fan_in, -1).reshape(-1, 1, fan_out * n_in)
     matrices = w.index_select(0, expert).reshape(-1, fan_out * n_in, n_out)      # [M / fan_out, fan_out * I, O]

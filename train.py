@@ -4,9 +4,12 @@
     python train.py --data=book.txt                  your text: files, folders, patterns
     python train.py --resume                         go on where a run stopped
     python train.py --preset=moeut-44M --n_layer=8   another model
+    python train.py --init_from=other/run            begin with the weights of another run, or of the paper's authors
     torchrun --nproc_per_node=4 train.py             data parallel
+    python train.py --bench                          speed and memory beside the dense Transformer, nothing is trained
+    python train.py --compare runs/*                 results of finished runs, over seeds
 
-From top to bottom: the options; the tokenizer; text to tokens; checkpoints; the training loop.
+From top to bottom: the options; the tokenizer; text to tokens; checkpoints; training; the bench; the comparison.
 """
 
 import argparse
@@ -677,7 +680,8 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
     say(f"model: {options.preset}, {model.n_params():,} parameters, {config.macs_per_token():,} MACs per token")
     say(f"device: {device}, {str(dtype)[6:]}, {'compiled' if compiled else 'not compiled'}, experts by "
         f"{cvmm.backend(device)}" + (f", {world} processes" if world > 1 else ""))
-    say("options: " + " ".join(f"--{k}={v}" for k, v in asdict(options).items() if v != getattr(Options(), k)))
+    changed = " ".join(f"--{k}={v}" for k, v in asdict(options).items() if v != getattr(Options(), k))
+    say("options: " + (changed or "all as they are by default"))
 
     # Ctrl-C ends the loop after the step it is in; a second one ends the program.
     stop = []
