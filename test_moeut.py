@@ -1030,6 +1030,17 @@ def test_init_from_official(run, tmp_path, monkeypatch, capsys):
             run(sample, *arguments, "--device=cpu")
 
 
+@pytest.mark.parametrize("name, value", [
+    ("transformer.universal.group_type", "aabb"), ("rope.rotate_fraction", 1.0), ("rope.base", 500000.0)])
+def test_official_settings_that_weights_do_not_show(name, value, tmp_path, monkeypatch):
+    official_training_checkpoint(tmp_path, monkeypatch)
+    stored = train.read_checkpoint(tmp_path / "theirs.pt")
+    stored["run_invariants"]["args"][name] = value
+    torch.save(stored, tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match=name):
+        train.load_model(tmp_path / "other.pt", "bytes", "tiny", {})
+
+
 def test_init_from_own_checkpoint(run):
     """With the model and the tokenizer of that run, but from step 0."""
     run(train, *SMALL, "--out=first")

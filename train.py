@@ -468,7 +468,11 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def official_config(args: dict, weights: dict) -> MoEUTConfig:
-    """The sizes of a model of the authors' training code, from its command line and its weights."""
+    """The sizes of a model of the authors' training code, from its command line and its weights. Raises ValueError
+    for a setting that MoEUTConfig does not have: the names and shapes of the weights would not show it."""
+    for name, value in (("transformer.universal.group_type", "abab"), ("rope.rotate_fraction", 0.5), ("rope.base", 10000)):
+        if args.get(name, value) != value:
+            raise ValueError(f"it was trained with {name} {args[name]}, and only {value} is known here")
     E, C, F = weights["unique_layers.0.pkm.keys"].shape
     n_head = args["transformer.n_heads"]
     return MoEUTConfig(
