@@ -139,25 +139,26 @@ def _moeut(C, L, G, H, D, E, K, A):
                 n_att_expert=A, att_top_k=2, vocab_size=8000, block_size=1024)
 
 
+TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")
+
+
 def _dense(C, L, H, D, hidden):
-    return dict(ffn="dense", attention="dense", layernorm="pre", n_embd=C, n_layer=L, group_size=L,
-                n_head=H, head_size=D, ffn_size=hidden, vocab_size=8000, block_size=1024)
+    return dict(TRANSFORMER, n_embd=C, n_layer=L, group_size=L, n_head=H, head_size=D, ffn_size=hidden,
+                vocab_size=8000, block_size=1024)
 
 
 PRESETS = {
     # Made for two CPU cores: the five architectures with the same number of parameters. The Universal
     # Transformer cannot have it at the same width.
     "tiny": dict(),  # MoEUT: the defaults above
-    "dense-tiny": dict(ffn="dense", attention="dense", layernorm="pre", group_size=4, ffn_size=451),
-    "universal-tiny": dict(ffn="dense", attention="dense", layernorm="pre", group_size=1, n_embd=236, head_size=59,
-                           ffn_size=944),
+    "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=451),
+    "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=236, head_size=59, ffn_size=944),
     "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=14, expert_size=32, top_k=8),
     "switchhead-tiny": dict(ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2,
                             ffn_size=379),
     # MoEUT needs 0.6 of the dense model's multiplications, as at the paper's larger sizes.
     "small": dict(n_embd=256, n_layer=8, n_expert=45, top_k=5, block_size=256),
-    "dense-small": dict(ffn="dense", attention="dense", layernorm="pre", n_embd=256, n_layer=8, group_size=8,
-                        n_head=8, ffn_size=1024, block_size=256),
+    "dense-small": dict(TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, ffn_size=1024, block_size=256),
     # The paper's sizes (its table of hyperparameters; SentencePiece vocabulary of 8000).
     #                    C   L  G  H    D    E   K   A
     "moeut-44M": _moeut(412, 16, 2, 4, 82, 155, 12, 8),
@@ -454,24 +455,6 @@ class Layer(nn.Module):
         return x, *(None if logits is None else usage(logits) for logits in (att_logits, ffn_logits))
 
 
-# Our names of a layer's parameters, and the authors'; two of theirs are concatenated
-OFFICIAL_NAMES = {
-    "attention.qk.weight": "attention.q.weight attention.k.weight",
-    "attention.router.weight": "attention.sel_v attention.sel_o",
-    "attention.w_v": "attention.v", "attention.w_o": "attention.o",
-    "ffn.w_up": "ffn.keys", "ffn.w_down": "ffn.values", "ffn.router.weight": "ffn.expert_sel",
-    **{f"{ln}.{kind}": f"{ln}.{kind}" for ln in ("ln1", "ln2") for kind in ("weight", "bias")},
-}
-OFFICIAL_TRAINING_NAMES = {
-    "attention.qk.weight": "self_attn.projections.q self_attn.projections.k",
-    "attention.router.weight": "self_attn.selections.v self_attn.selections.o",
-    "attention.w_v": "self_attn.projections.v", "attention.w_o": "self_attn.projections.o",
-    "ffn.w_up": "pkm.keys", "ffn.w_down": "pkm.values", "ffn.router.weight": "pkm.expert_sel",
-    "ln1.weight": "self_attn.norm.weight", "ln1.bias": "self_attn.norm.bias",
-    "ln2.weight": "pkm.norm.weight", "ln2.bias": "pkm.norm.bias",
-}
-
-
 class Output(NamedTuple):
     logits: Tensor  # [B, T, vocab_size]
     loss: Tensor | None  # cross entropy in nats per token; None without targets
@@ -611,14 +594,38 @@ def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) ->
     return token.gather(-1, p.multinomial(1, generator=generator))
 
 
+# ---------------------------------------------------------------------------------------------------
+# Names in the authors' code, and the table of presets
+
+# Our names of a layer's parameters -> those of their clean repository; two of theirs are concatenated
+OFFICIAL_NAMES = {
+    "attention.qk.weight": "attention.q.weight attention.k.weight",
+    "attention.router.weight": "attention.sel_v attention.sel_o",
+    "attention.w_v": "attention.v", "attention.w_o": "attention.o",
+    "ffn.w_up": "ffn.keys", "ffn.w_down": "ffn.values", "ffn.router.weight": "ffn.expert_sel",
+    **{f"{ln}.{kind}": f"{ln}.{kind}" for ln in ("ln1", "ln2") for kind in ("weight", "bias")},
+}
+OFFICIAL_TRAINING_NAMES = {  # ... of their training code
+    "attention.qk.weight": "self_attn.projections.q self_attn.projections.k",
+    "attention.router.weight": "self_attn.selections.v self_attn.selections.o",
+    "attention.w_v": "self_attn.projections.v", "attention.w_o": "self_attn.projections.o",
+    "ffn.w_up": "pkm.keys", "ffn.w_down": "pkm.values", "ffn.router.weight": "pkm.expert_sel",
+    "ln1.weight": "self_attn.norm.weight", "ln1.bias": "self_attn.norm.bias",
+    "ln2.weight": "pkm.norm.weight", "ln2.bias": "pkm.norm.bias",
+}
+
+
+def count_params(config: MoEUTConfig) -> int:
+    with torch.device("meta"):  # sizes without memory
+        return MoEUT(config).n_params()
+
+
 def print_presets():
     """A line for each preset: its sizes, and what a token costs."""
     print(f"{'preset':16} {'parameters':>13} {'active':>13} {'MACs/token':>13} {'/ dense':>7} {'KV cache':>11}")
     for name in PRESETS:
         config, dense = preset(name), preset(dense_counterpart(name))
-        with torch.device("meta"):  # sizes without memory
-            n_params = MoEUT(config).n_params()
-        macs = config.macs_per_token()
+        n_params, macs = count_params(config), config.macs_per_token()
         kv = 2 * config.n_layer * config.n_head * config.head_size * 2
         print(f"{name:16} {n_params:13,} {n_params - config.idle_params():13,} {macs:13,} "
               f"{macs / dense.macs_per_token():7.2f} {kv:11,}")

@@ -514,8 +514,7 @@ def test_bytes_saved_for_backward(kernels):
 def test_what_the_kernels_compile_to():
     """Ahead of time, for the 44M, 244M and 1B models: no spills, tensor cores, asynchronous copies, no atomics."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cvmm.py")
-    command = [sys.executable, script, "--report", "bfloat16", "65536"]
+    command = [sys.executable, cvmm.__file__, "--report", "bfloat16", "65536"]
     halves = [subprocess.Popen(command + targets, env=env, stdout=subprocess.PIPE, text=True)  # one for each core
               for targets in (["sm_90"], ["sm_80", "gfx942"])]
     lines = [line for half in halves for line in half.communicate()[0].splitlines() if "_kernel," in line]
@@ -572,18 +571,12 @@ def tokens(*shape):
     "dense-244M": 243_568_700, "dense-318M": 319_293_584, "dense-727M": 728_694_080, "dense-1B": 1_044_300_608,
 }.items())
 def test_parameter_counts_of_the_paper(name, count):
-    with torch.device("meta"):
-        assert MoEUT(preset(name)).n_params() == count
-
-
-def n_params(config) -> int:
-    with torch.device("meta"):
-        return MoEUT(config).n_params()
+    assert moeut.count_params(preset(name)) == count
 
 
 @pytest.mark.parametrize("name", ["dense-tiny", "universal-tiny", "sigma-moe-tiny", "switchhead-tiny", "dense-small"])
 def test_presets_have_equally_many_parameters(name):
-    assert n_params(preset(name)) == pytest.approx(n_params(preset(name.split("-")[-1])), rel=0.005)
+    assert moeut.count_params(preset(name)) == pytest.approx(moeut.count_params(preset(name.split("-")[-1])), rel=0.005)
 
 
 @pytest.mark.parametrize("name", ["tiny", "dense-tiny", "sigma-moe-tiny", "switchhead-tiny", "moeut-44M"])
@@ -592,7 +585,7 @@ def test_idle_params(name):
     c = preset(name)
     few = replace(c, n_expert=c.top_k, n_att_expert=c.att_top_k)
     rows = (c.n_expert - c.top_k) * (c.ffn == "moe") + 2 * c.n_head * (c.n_att_expert - c.att_top_k) * (c.attention == "moe")
-    assert c.idle_params() == n_params(c) - n_params(few) - c.group_size * rows * c.n_embd
+    assert c.idle_params() == moeut.count_params(c) - moeut.count_params(few) - c.group_size * rows * c.n_embd
 
 
 def test_table_of_presets(capsys):
@@ -602,7 +595,7 @@ def test_table_of_presets(capsys):
 
 
 @pytest.mark.parametrize("name", ["tiny", "dense-tiny", "sigma-moe-tiny", "switchhead-tiny"])
-def test_flop_counter(name, path, monkeypatch):
+def test_flop_counter(name, path):
     """torch counts 2 operations per MAC of the formula, which has the gates on top, and twice as many backward.
     With all experts computed, that many more."""
     cvmm.register_flops()
@@ -948,6 +941,11 @@ OFFICIAL = {"attention.q.weight": (30, 20), "attention.k.weight": (30, 20), "att
             "ffn.keys": (6, 20, 7), "ffn.values": (6, 7, 20), "ffn.expert_sel": (6, 20),
             "ln1.weight": (20,), "ln1.bias": (20,), "ln2.weight": (20,), "ln2.bias": (20,)}
 
+OFFICIAL_TRAINING = [  # the same, in the same order, in the authors' training code
+    "self_attn.projections.q", "self_attn.projections.k", "self_attn.projections.v", "self_attn.projections.o",
+    "self_attn.selections.v", "self_attn.selections.o", "pkm.keys", "pkm.values", "pkm.expert_sel",
+    "self_attn.norm.weight", "self_attn.norm.bias", "pkm.norm.weight", "pkm.norm.bias"]
+
 
 def official_state():
     shapes = {f"transformer.layers.{g}.{name}": shape for g in range(2) for name, shape in OFFICIAL.items()}
@@ -988,13 +986,12 @@ def test_from_official_refuses(change, named):
 
 def official_training_checkpoint(folder, monkeypatch):
     """What the authors' training code saves of the model in official_state(), and that state."""
-    clean, (old, new) = official_state(), (moeut.OFFICIAL_NAMES, moeut.OFFICIAL_TRAINING_NAMES)
-    weights = {}
+    clean, weights = official_state(), {}
     for g in range(2):
-        for name in old:
-            for a, b in zip(old[name].split(), new[name].split(), strict=True):
-                weights[f"unique_layers.{g}.{b}"] = clean[f"transformer.layers.{g}.{a}"]
-        weights |= {f"unique_layers.{g}.pkm.iter": torch.tensor(7), f"unique_layers.{g}.pkm.kv_sel_counts_100": torch.zeros(6, 7)}
+        for name, theirs in zip(OFFICIAL, OFFICIAL_TRAINING, strict=True):
+            weights[f"unique_layers.{g}.{theirs}"] = clean[f"transformer.layers.{g}.{name}"]
+        weights[f"unique_layers.{g}.pkm.iter"] = torch.tensor(7)
+        weights[f"unique_layers.{g}.pkm.kv_sel_counts_100"] = torch.zeros(6, 7)
     weights |= {k.replace("lm_head", "output"): v for k, v in clean.items() if "layers" not in k}
     args = {"transformer.n_heads": 3, "transformer.encoder_n_layers": 4, "lm.unroll": 16, "pkm.n_heads": 2, "moe.att.k": 2}
     module = types.ModuleType("framework.data_structures.dotdict")
@@ -1009,7 +1006,7 @@ def official_training_checkpoint(folder, monkeypatch):
 RANKS = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(32))  # and end of text: 33 tokens
 
 
-def test_init_from_official(run, tmp_path, monkeypatch, capsys):
+def test_init_from_official(run, tmp_path, monkeypatch):
     """Training and sampling begin with the authors' weights, whichever of their programs saved them."""
     clean = official_training_checkpoint(tmp_path, monkeypatch)
     torch.save(clean, "clean.pt")
@@ -1052,7 +1049,7 @@ def test_init_from_own_checkpoint(run):
         run(train, *SMALL, "--init_from=first")
 
 
-def test_sentencepiece(run, tmp_path, capsys):
+def test_sentencepiece(run, tmp_path):
     """A tokenizer of the authors' kind; spaces are kept, and the checkpoint holds it."""
     sentencepiece = pytest.importorskip("sentencepiece")
     text = "the cat sat on the mat and the dog sat on the log\n" * 60
@@ -1247,8 +1244,7 @@ def test_history(run):
 
 
 def test_bench():
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-    out = subprocess.run([sys.executable, script, "--bench", "--preset=tiny", "--batch_size=1", "--block_size=16"],
+    out = subprocess.run([sys.executable, train.__file__, "--bench", "--preset=tiny", "--batch_size=1", "--block_size=16"],
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     rows = [line for line in out.stdout.splitlines() if re.search(r"\d +\d+\.\d\d$", line)]
@@ -1406,7 +1402,8 @@ def test_evaluate():
 BAD = {
     train: {
         "--nonsense=1": "--nonsense", "--steps=many": "--steps", "--steps=0": "--steps", "--lr=-1": "--lr",
-        "--weight_decay=-1": "--weight_decay", "--beta1=-1": "--beta1", "--beta2=2": "--beta2", "--seed=-1": "--seed", "--warmup=-1": "--warmup",
+        "--weight_decay=-1": "--weight_decay", "--beta1=-1": "--beta1", "--beta2=2": "--beta2",
+        "--seed=-1": "--seed", "--warmup=-1": "--warmup",
         "--sample_tokens=-1": "--sample_tokens", "--tokens_per_step=65": "--tokens_per_step",
         "--data=missing.txt": "missing.txt", "--data=empty.txt": "text", "--data=short.txt": "--block_size",
         "--data=latin1.txt": "latin1.txt", "--data=empty": "empty",

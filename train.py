@@ -27,7 +27,7 @@ import statistics
 import sys
 import sysconfig
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 
 import cvmm
-from moeut import PRESETS, MoEUT, MoEUTConfig, Router, dense_counterpart, preset
+from moeut import PRESETS, MoEUT, MoEUTConfig, Router, count_params, dense_counterpart, preset
 
 # ---------------------------------------------------------------------------------------------------
 # Options: one dataclass is the command line
@@ -231,15 +231,18 @@ class Tokenizer:
         if "sentencepiece" in spec:
             self.encoding, self.unknown = SentencePiece(**spec), set()
             self.end = self.encoding.end
-            defined_by = spec["sentencepiece"]
         else:
             self.encoding = tiktoken.Encoding(**spec)
             self.unknown = {bytes([i]) for i in range(256)} - spec["mergeable_ranks"].keys()
             self.end = spec["special_tokens"][END_OF_TEXT]
-            ranks = b"".join(k + b"%d" % v for k, v in sorted(spec["mergeable_ranks"].items()))
-            defined_by = json.dumps([spec["pat_str"], spec["special_tokens"]]).encode() + ranks
         self.n_vocab = self.encoding.n_vocab
-        self.fingerprint = hashlib.sha256(defined_by).hexdigest()
+
+    def fingerprint(self) -> str:
+        """The same for tokenizers that encode alike."""
+        if "sentencepiece" in self.spec:
+            return hashlib.sha256(self.spec["sentencepiece"]).hexdigest()
+        ranks = b"".join(k + b"%d" % v for k, v in sorted(self.spec["mergeable_ranks"].items()))
+        return hashlib.sha256(json.dumps([self.spec["pat_str"], self.spec["special_tokens"]]).encode() + ranks).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids as uint32; special tokens in the text are text. Raises ValueError for a character
@@ -332,7 +335,7 @@ def tokenize(patterns: list[str], tokenizer: Tokenizer, folder: Path, block_size
     """
     files = find_files(patterns)
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = json.dumps([3, stats, tokenizer.fingerprint, VALIDATION])
+    key = json.dumps([3, stats, tokenizer.fingerprint(), VALIDATION])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     done = folder / f"{name}.json"
@@ -430,15 +433,15 @@ def windows(data: np.ndarray, block_size: int, numbers, seed: int, device) -> tu
 
 
 def save_checkpoint(
-    folder: Path, model, optimizer, scaler, step: int, options: Options, tokenizer: Tokenizer, history: list[dict]
+    folder: Path, trainer: "Trainer", step: int, options: Options, tokenizer: Tokenizer, history: list[dict]
 ):
     """Everything that sampling and --resume need, in one file of plain data and tensors.
 
     history has an entry for each evaluation: step, seconds of training, loss, bits per byte, peak MiB.
     """
     checkpoint = dict(
-        step=step, options=asdict(options), config=asdict(model.config), tokenizer=tokenizer.spec, history=history,
-        model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        step=step, options=asdict(options), config=asdict(trainer.model.config), tokenizer=tokenizer.spec, history=history,
+        model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict(), scaler=trainer.scaler.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "checkpoint.pt", lambda part: torch.save(checkpoint, part))
 
@@ -581,38 +584,47 @@ def keep_freed_memory():
                 mallopt(parameter, value)
 
 
-def training_step(run, model, optimizer, scaler, batches: list, grad_clip: float, autocast):
-    """Forward, backward and update on batches of inputs and targets, whose gradients add up. Returns loss,
-    regulariser and gradient norm. `run` is the model, possibly compiled or data-parallel."""
-    loss_sum = reg_sum = 0
-    for i, (x, y) in enumerate(batches):
-        last = i == len(batches) - 1
-        with contextlib.nullcontext() if last or not hasattr(run, "no_sync") else run.no_sync():
-            with autocast():
-                _, loss, reg = run(x, y)
-            scaler.scale((loss + reg) / len(batches)).backward()
-        loss_sum, reg_sum = loss_sum + loss.detach() / len(batches), reg_sum + reg.detach() / len(batches)
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss_sum, reg_sum, norm
-
-
-def make_optimizer(model: MoEUT, options: Options) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        model.parameters(), options.lr, (options.beta1, options.beta2), weight_decay=options.weight_decay, fused=True)
-
-
-def prepare(device: torch.device, options: Options):
-    """Settings of the process. Returns the precision of the matmuls and whether to compile."""
+def prepare(device: torch.device):
+    """Settings of the process."""
     if device.type == "cpu":
         keep_freed_memory()
         torch.set_flush_denormal(True)  # numbers below 1e-38 are slow, and nobody misses them
     torch.set_float32_matmul_precision("high")  # TF32 where there is nothing better
-    compiled = options.compile == "yes" or options.compile == "auto" and device.type == "cuda"
-    return pick_dtype(options.dtype, device), compiled
+
+
+class Trainer:
+    """A model and what its training steps need. `run` is the model, possibly compiled or data-parallel."""
+
+    def __init__(self, model: MoEUT, device: torch.device, options: Options):
+        self.model, self.device, self.grad_clip = model, device, options.grad_clip
+        model.recompute = options.recompute
+        self.dtype = pick_dtype(options.dtype, device)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), options.lr, (options.beta1, options.beta2), weight_decay=options.weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.compiled = options.compile == "yes" or options.compile == "auto" and device.type == "cuda"
+        self.run = torch.compile(model) if self.compiled else model
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def step(self, batches: list):
+        """Forward, backward and update on batches of inputs and targets, whose gradients add up. Returns loss,
+        regulariser and gradient norm."""
+        loss_sum = reg_sum = 0
+        for i, (x, y) in enumerate(batches):
+            last = i == len(batches) - 1
+            with contextlib.nullcontext() if last or not hasattr(self.run, "no_sync") else self.run.no_sync():
+                with self.autocast():
+                    _, loss, reg = self.run(x, y)
+                self.scaler.scale((loss + reg) / len(batches)).backward()
+            loss_sum, reg_sum = loss_sum + loss.detach() / len(batches), reg_sum + reg.detach() / len(batches)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss_sum, reg_sum, norm
 
 
 def train(options: Options, model_changes: dict, checkpoint: dict | None):
@@ -625,8 +637,7 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
     master = rank == 0
     say = print if master else lambda *_, **__: None
     device = pick_device(options.device)
-    dtype, compiled = prepare(device, options)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    prepare(device)
 
     # Data and model.
     if checkpoint:
@@ -660,29 +671,26 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
 
     torch.manual_seed(options.seed)
     model = (MoEUT(config) if checkpoint or not options.init_from else initial).to(device)
-    model.recompute = options.recompute
-    optimizer = make_optimizer(model, options)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    trainer = Trainer(model, device, options)
     first_step, history = 0, []
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        trainer.scaler.load_state_dict(checkpoint["scaler"])
         first_step, history = checkpoint["step"], checkpoint["history"]
         checkpoint = None
         if first_step >= options.steps:
             sys.exit(f"The run in {out} has done its {first_step} steps: --steps=N with a larger N goes on.")
-    run = torch.compile(model) if compiled else model
     if world > 1:
-        run = torch.nn.parallel.DistributedDataParallel(run)
+        trainer.run = torch.nn.parallel.DistributedDataParallel(trainer.run)
 
     flops = config.estimate_flops()
-    peak = cvmm.device_peak(device) if dtype != torch.float32 else None
+    peak = cvmm.device_peak(device) if trainer.dtype != torch.float32 else None
     size = lambda path: f"{len(path) / 1e6:.1f}M"
     say(f"text: {corpus.n_files} file{'s' * (corpus.n_files > 1)}, {size(corpus.train)} training and "
         f"{size(corpus.val)} validation tokens ({tokenizer.spec['name']})")
     say(f"model: {options.preset}, {model.n_params():,} parameters, {config.macs_per_token():,} MACs per token")
-    say(f"device: {device}, {str(dtype)[6:]}, {'compiled' if compiled else 'not compiled'}, experts by "
+    say(f"device: {device}, {str(trainer.dtype)[6:]}, {'compiled' if trainer.compiled else 'not compiled'}, experts by "
         f"{cvmm.backend(device)}" + (f", {world} processes" if world > 1 else ""))
     changed = " ".join(f"--{k}={v}" for k, v in asdict(options).items() if v != getattr(Options(), k))
     say("options: " + (changed or "all as they are by default"))
@@ -703,14 +711,14 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
     started, logged = began, (began, first_step)  # both move on by the time of evaluations
     while step < options.steps and not stop:
         lr = learning_rate(step, options)
-        for group in optimizer.param_groups:
+        for group in trainer.optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(options.seed + step)  # of dropout, so that a resumed run goes on alike
         batches = []
         for micro in range(accumulate):
             number = ((step * accumulate + micro) * world + rank) * batch_size
             batches.append(windows(corpus.train, T, range(number, number + batch_size), options.seed, device))
-        loss_sum, reg_sum, norm = training_step(run, model, optimizer, scaler, batches, options.grad_clip, autocast)
+        loss_sum, reg_sum, norm = trainer.step(batches)
         step += 1
 
         done = step == options.steps
@@ -735,13 +743,14 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
         if step % options.eval_interval == 0 or done or stop:
             paused = time.time()
             if master and not stop:
-                loss, used = evaluate(model, corpus.val, options.eval_tokens * (8 if done else 1), batch_size, autocast)
+                n_tokens = options.eval_tokens * (8 if done else 1)
+                loss, used = evaluate(model, corpus.val, n_tokens, batch_size, trainer.autocast)
                 history.append(dict(step=step, seconds=earlier + paused - started, loss=loss, bits=loss * bits["val"],
                                     peak_mib=peak_memory(device)))
                 line = f"step {step}/{options.steps}: validation loss {loss:.4f}, {loss * bits['val']:.4f} bits/byte"
                 say(line + (f", {used:.0%} of the experts in use" if used is not None else ""))
             if master:
-                save_checkpoint(out, model, optimizer, scaler, step, options, tokenizer, history)
+                save_checkpoint(out, trainer, step, options, tokenizer, history)
             if stop:
                 break
             if master:
@@ -771,21 +780,18 @@ DECODE_CONTEXT = 1024  # tokens that a decoded token attends to
 def bench_worker(pipe, config: MoEUTConfig, options: Options):
     """Answers requests from the pipe: "step", "cached" and "uncached" with seconds, "memory" with MiB."""
     device = pick_device(options.device)
-    dtype, compiled = prepare(device, options)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    prepare(device)
     empty = 0 if device.type == "cuda" else peak_memory(device)
     torch.manual_seed(options.seed)
-    model = MoEUT(config).to(device)
-    model.recompute = options.recompute
-    run = torch.compile(model) if compiled else model
-    optimizer = make_optimizer(model, options)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    # generate() keeps within block_size: long enough for all that is decoded
+    model = MoEUT(replace(config, block_size=2 * DECODE_CONTEXT)).to(device)
+    trainer = Trainer(model, device, options)
     text = torch.randint(config.vocab_size, (options.batch_size, config.block_size + 1), device=device)
     prompt = torch.randint(config.vocab_size, (1, DECODE_CONTEXT), device=device)
-    tokens = None
+    tokens = model.generate(prompt, DECODE_CONTEXT, temperature=0)  # begins with the first request
 
     def step():
-        training_step(run, model, optimizer, scaler, [(text[:, :-1], text[:, 1:])], options.grad_clip, autocast)[0].item()
+        trainer.step([(text[:, :-1], text[:, 1:])])[0].item()
 
     def cached():
         next(tokens).item()
@@ -799,16 +805,8 @@ def bench_worker(pipe, config: MoEUTConfig, options: Options):
             memory = peak_memory(device)
             pipe.send(memory and memory - empty)
             continue
-        repeats = 1
-        if request != "step":
-            model.eval()
-        if request == "cached":
-            repeats = 32
-            if tokens is None:
-                model.config.block_size = DECODE_CONTEXT + 1024  # generate forgets what is beyond
-                tokens = model.generate(prompt, 1024, temperature=0)
-                next(tokens)
-        function = {"step": step, "cached": cached, "uncached": uncached}[request]
+        function, repeats = {"step": (step, 1), "cached": (cached, 32), "uncached": (uncached, 1)}[request]
+        model.train(request == "step")
         start = time.perf_counter()
         for _ in range(repeats):
             function()
@@ -845,10 +843,6 @@ def bench(options: Options, model_changes: dict, rounds: int = 7):
 
     device = pick_device(options.device)
     n_tokens = options.batch_size * configs[0].block_size
-    n_params = []
-    for config in configs:
-        with torch.device("meta"):
-            n_params.append(MoEUT(config).n_params())
     print(f"torch {torch.__version__}, {device}, {str(pick_dtype(options.dtype, device))[6:]}, compile {options.compile}; a step is "
           f"{options.batch_size} x {configs[0].block_size} tokens, decoding at {DECODE_CONTEXT} tokens; medians of {rounds} rounds in turn")
     print(f"{'':34} {names[0]:>14} {names[1]:>14}  ratio")
@@ -856,7 +850,7 @@ def bench(options: Options, model_changes: dict, rounds: int = 7):
     def line(name: str, values: list[float], decimals: int = 0):
         print(f"{name:34} {values[0]:14,.{decimals}f} {values[1]:14,.{decimals}f} {values[0] / values[1]:6.2f}", flush=True)
 
-    line("parameters", n_params)
+    line("parameters", [count_params(c) for c in configs])
     line("MACs per token", [c.macs_per_token() for c in configs])
     seconds = ask("step", rounds, warmup=3)
     line("training step, ms", [t * 1e3 for t in seconds], 1)
@@ -898,11 +892,9 @@ def compare(folders: list[str], picture: Path):
     groups = dict(sorted(groups.items(), key=lambda item: mean_of_last(item[1])))
     for name, runs in groups.items():
         config, last = runs[0][0], [history[-1] for _, history in runs]
-        with torch.device("meta"):
-            n_params = MoEUT(config).n_params()
         bits = [entry["bits"] for entry in last]
         median = lambda key: statistics.median(entry[key] or math.nan for entry in last)
-        print(f"{name:32} {len(runs):4} {n_params:11,} {config.macs_per_token():11,} {mean_of_last(runs):10.4f} {min(bits):8.4f}"
+        print(f"{name:32} {len(runs):4} {count_params(config):11,} {config.macs_per_token():11,} {mean_of_last(runs):10.4f} {min(bits):8.4f}"
               f"{max(bits):8.4f} {median('seconds'):8.0f} {median('peak_mib'):6.0f}")
 
     try:
