@@ -245,8 +245,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Router(nn.Linear):
-    """Logits of all experts, in float32 also under autocast: in bfloat16 half of the tokens have a tie
-    at the top-K cut."""
+    """Logits of all experts, in float32 at least, also under autocast: in bfloat16 half of the tokens have a
+    tie at the top-K cut."""
 
     def __init__(self, n_embd: int, n_expert: int, top_k: int, n_choice: int = 1):
         super().__init__(n_embd, n_choice * n_expert, bias=False)
@@ -254,7 +254,8 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
 def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

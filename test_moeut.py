@@ -842,6 +842,11 @@ def test_routing_is_float32_under_autocast():
         assert logits.dtype == torch.float32 and (logits.bfloat16() != logits).any()
 
 
+def test_routing_of_a_float64_model_is_float64():
+    _, seen = router_logits(MoEUT(tiny()).double(), tokens(2, 16))
+    assert all(logits.dtype == torch.float64 for ts in seen.values() for logits in ts)
+
+
 @pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
 def test_initialisation(moe):
     kind = dict() if moe else dict(ffn="dense", attention="dense", layernorm="pre")
