@@ -135,13 +135,13 @@ def few_slots_matmul(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out:
 # ---------------------------------------------------------------------------------------------------
 # The PyTorch path: batched matmuls over consecutive experts
 #
-# One matmul per expert is too small to be fast on a CPU. Consecutive experts are therefore taken
-# together in one bmm, each padded to as many rows as the longest of them. A group grows as long as
-# its padding stays small. Padding rows read slot 0 and have gate 0.
+# One small matmul uses two cores badly, several at once use them well. Consecutive experts are therefore taken
+# together in one bmm, each padded to as many rows as the longest of them. A group grows by two experts at a time
+# as long as its padding stays small; the others stay alone. Padding rows read slot 0 and have gate 0.
 
 MAX_PADDING = 1.125  # a group may have this factor more rows than slots
 SPARE_ROWS = 16  # ... plus this many
-GROUP_ROWS = 4096  # the rows of a group should fit in the cache
+GROUP_EXPERTS = 8  # at most; more are no faster and fall out of the cache
 
 
 def torch_sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,15 +152,15 @@ def torch_sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Ten
     count = counts.tolist()
     groups, starts, first, top = [], [], 0, 0
     while first < n_expert:
-        last, longest, total = first + 1, count[first], count[first]
-        while last < n_expert:
-            rows, sum_rows = max(longest, count[last]), total + count[last]
-            if rows * (last + 1 - first) > min(MAX_PADDING * sum_rows + SPARE_ROWS, GROUP_ROWS):
+        size, rows = 1, count[first]
+        for n in range(2, min(GROUP_EXPERTS, n_expert - first) + 1, 2):
+            members = count[first:first + n]
+            if n * max(members) > MAX_PADDING * sum(members) + SPARE_ROWS:
                 break
-            last, longest, total = last + 1, rows, sum_rows
-        groups.append((first, last - first, top, longest))
-        starts += [top + i * longest for i in range(last - first)]
-        first, top = last, top + longest * (last - first)
+            size, rows = n, max(members)
+        groups.append((first, size, top, rows))
+        starts += range(top, top + size * rows, rows) if rows else [top] * size
+        first, top = first + size, top + size * rows
     offsets = np.array([*starts, top])
     # The r-th of the sorted slots moves down by the padding before its expert.
     moved = np.arange(len(ids)) + np.repeat(offsets[:-1] - (counts.cumsum() - counts), counts)
@@ -217,11 +217,14 @@ def grad_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _bmm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if out.dtype == a.dtype:
-        torch.bmm(a, b, out=out)
-    else:
+def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out [n, M, O] = a [n, M, I] @ b [n, I, O]; out may have a wider dtype."""
+    if out.dtype != a.dtype:
         out.copy_(torch.bmm(a, b))
+    elif len(a) == 1:  # mm divides a single matmul among the cores better
+        torch.mm(a[0], b[0], out=out[0])
+    else:
+        torch.bmm(a, b, out=out)
 
 
 def _row_gate(gate: Tensor, row: Tensor, n_rows: int, dtype) -> Tensor:
@@ -233,7 +236,7 @@ def torch_matmul(x, w, r: Routing, fan_in, fan_out):
     source = r.slot // fan_in                                                    # [R]
     y = scratch.rows(x, len(source), w.shape[2])                                 # [R, O]
     for e, rows, n in _groups(r.table):
-        torch.bmm(_take(x, source[rows], n), w[e], out=y[rows].unflatten(0, (n, -1)))
+        _bmm(_take(x, source[rows], n), w[e], y[rows].unflatten(0, (n, -1)))
     return _sum_slots(y, r.row, fan_out)
 
 
@@ -243,7 +246,7 @@ def torch_matmul_dw(x, dout, r: Routing, fan_in, fan_out):
     dw = x.new_empty(len(r.offsets) - 1, x.shape[1], dout.shape[1], dtype=grad_dtype(x))
     for e, rows, n in _groups(r.table):
         xe = _take(x, source[rows], n).mul_(real[rows].unflatten(0, (n, -1)))
-        _bmm_into(dw[e], xe.mT, _take(dout, target[rows], n))
+        _bmm(xe.mT, _take(dout, target[rows], n), dw[e])
     return dw
 
 
@@ -258,8 +261,8 @@ def torch_ffn(x, w_up, w_down, gate, r: Routing):
     y = scratch.rows(x, len(token), w_down.shape[2])                             # [R, C]
     for e, rows, n in _groups(r.table):
         he, ge, ye = (t[rows].unflatten(0, (n, -1)) for t in (h, g, y))
-        torch.bmm(_take(x, token[rows], n), w_up[e], out=he)
-        torch.bmm(he.relu_().mul_(ge), w_down[e], out=ye)  # h is finished in place
+        _bmm(_take(x, token[rows], n), w_up[e], he)
+        _bmm(he.relu_().mul_(ge), w_down[e], ye)  # h is finished in place
     h[rows.stop:] = 0  # rows of no group
     return _sum_slots(y, r.row, gate.shape[1]), h
 
@@ -273,12 +276,13 @@ def torch_ffn_backward(dout, x, h, w_up, w_down, gate, r: Routing):
     for e, rows, n in _groups(r.table):
         he, ge, dxe = (t[rows].unflatten(0, (n, -1)) for t in (h, g, dx))
         xe, de = _take(x, token[rows], n), _take(dout, token[rows], n)
-        dh = torch.bmm(de, w_down[e].mT)                                         # [n, rows, F]
-        _bmm_into(dw_down[e], he.mT, de)
+        dh = torch.empty_like(he)                                                # [n, rows, F]
+        _bmm(de, w_down[e].mT, dh)
+        _bmm(he.mT, de, dw_down[e])
         dot[rows] = (dh * he).sum(-1).flatten()
         dz = torch.ops.aten.threshold_backward.grad_input(dh.mul_(ge), he, 0, grad_input=dh)  # 0 where h is 0
-        _bmm_into(dw_up[e], xe.mT, dz)
-        torch.bmm(dz, w_up[e].mT, out=dxe)
+        _bmm(xe.mT, dz, dw_up[e])
+        _bmm(dz, w_up[e].mT, dxe)
     return _sum_slots(dx, r.row, gate.shape[1]), dw_up, dw_down, dot.index_select(0, r.row).view_as(gate)
 
 
