@@ -156,8 +156,9 @@ PRESETS = {
     "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=14, expert_size=32, top_k=8),
     "switchhead-tiny": dict(ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2,
                             ffn_size=379),
-    # MoEUT needs 0.6 of the dense model's multiplications, as at the paper's larger sizes.
-    "small": dict(n_embd=256, n_layer=8, n_expert=45, top_k=5, block_size=256),
+    # MoEUT needs 0.6 of the dense model's multiplications, as at the paper's larger sizes. Its experts are few and
+    # large, because small matmuls keep a CPU waiting.
+    "small": dict(n_embd=256, n_layer=8, n_expert=18, expert_size=320, block_size=256),
     "dense-small": dict(TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, ffn_size=1024, block_size=256),
     # The paper's sizes (its table of hyperparameters; SentencePiece vocabulary of 8000).
     #                    C   L  G  H    D    E   K   A
