@@ -1257,10 +1257,13 @@ def test_bench():
 
 
 def test_learning_rate():
-    """Linear to the peak, then half a cosine to a tenth of it."""
-    o = train.Options(lr=1.0, warmup=10, steps=110, final_lr=0.1)
+    """Linear to the peak, which may be held, then half a cosine to a tenth of it."""
+    o = train.Options(lr=1.0, warmup=10, steps=110, hold=0, final_lr=0.1)
     assert [train.learning_rate(s, o) for s in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1, 1])
     assert [train.learning_rate(s, o) for s in (60, 110, 500)] == pytest.approx([0.55, 0.1, 0.1])
+    o = replace(o, hold=0.5)
+    assert [train.learning_rate(s, o) for s in (0, 10, 55)] == pytest.approx([0.1, 1, 1])
+    assert [train.learning_rate(s, o) for s in (82.5, 110)] == pytest.approx([0.55, 0.1])
 
 
 # Tokens
@@ -1407,7 +1410,7 @@ def test_evaluate():
 BAD = {
     train: {
         "--nonsense=1": "--nonsense", "--steps=many": "--steps", "--steps=0": "--steps", "--lr=-1": "--lr",
-        "--weight_decay=-1": "--weight_decay", "--beta1=-1": "--beta1", "--beta2=2": "--beta2",
+        "--weight_decay=-1": "--weight_decay", "--beta1=-1": "--beta1", "--beta2=2": "--beta2", "--hold=1": "--hold",
         "--seed=-1": "--seed", "--warmup=-1": "--warmup",
         "--sample_tokens=-1": "--sample_tokens", "--tokens_per_step=65": "--tokens_per_step",
         "--data=missing.txt": "missing.txt", "--data=empty.txt": "text", "--data=short.txt": "--block_size",

@@ -60,8 +60,9 @@ class Options:
     tokens_per_step: int = option(1024, "tokens for one optimizer step, over all processes")
     batch_size: int = option(8, "sequences at a time; the rest of a step is accumulated")
     lr: float = option(4e-3, "peak learning rate; the paper: 2.5e-4")
-    warmup: int = option(50, "steps of linear warmup; then a cosine")
-    final_lr: float = option(0.1, "where the cosine ends, as a fraction of the peak")
+    warmup: int = option(50, "steps of linear warmup")
+    hold: float = option(0.6, "the peak is held until this share of the steps, then a cosine; the paper: 0, all cosine")
+    final_lr: float = option(0.02, "where the cosine ends, as a fraction of the peak; the paper: 0.1")
     weight_decay: float = option(0.1, "of AdamW, on all parameters; the paper: 0.01")
     beta1: float = option(0.7, "of AdamW; the paper: 0.9, better for longer runs")
     beta2: float = option(0.99, "of AdamW; the paper: 0.999")
@@ -124,7 +125,7 @@ def check(options: Options):
     for name in ("lr", "grad_clip"):
         if not 0 < getattr(options, name) < math.inf:
             sys.exit(f"--{name} is {getattr(options, name)}: it must be above 0.")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "hold"):
         if not 0 <= getattr(options, name) < 1:
             sys.exit(f"--{name} is {getattr(options, name)}: it must be at least 0 and below 1.")
     if Path(options.out).exists() and not Path(options.out).is_dir():
@@ -522,11 +523,12 @@ def load_model(path: Path, tokenizer: str, preset_name: str, changes: dict) -> t
 
 
 def learning_rate(step: int, options: Options) -> float:
-    """Linear warmup to the peak, then a cosine to final_lr of it."""
+    """Linear warmup to the peak, which is held for a while, then a cosine to final_lr of it."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
-    progress = (step - options.warmup) / max(options.steps - options.warmup, 1)
-    cosine = 0.5 + 0.5 * math.cos(math.pi * min(progress, 1))
+    begin = max(options.warmup, options.hold * options.steps)
+    progress = (step - begin) / max(options.steps - begin, 1)
+    cosine = 0.5 + 0.5 * math.cos(math.pi * min(max(progress, 0), 1))
     return options.lr * (options.final_lr + (1 - options.final_lr) * cosine)
 
 
