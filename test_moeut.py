@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from dataclasses import fields, replace
 
@@ -1136,7 +1137,7 @@ TEXT = "".join(f"{i} · {i + 7} = {i * (i + 7)} — naïve 🙂\n" for i in rang
 MODEL = ("--n_embd=16 --head_size=8 --n_head=2 --n_layer=2 --group_size=1 --n_expert=4 --top_k=2 --expert_size=8 "
          "--block_size=16").split()
 SMALL = [*MODEL, *("--data=text.txt --batch_size=2 --tokens_per_step=64 --steps=6 --warmup=2 --eval_interval=3 "
-                   "--eval_tokens=64 --sample_tokens=8 --log_interval=2 --device=cpu").split()]
+                   "--eval_tokens=64 --sample_tokens=8 --log_interval=2 --device=cpu --processes=1").split()]
 
 
 @pytest.fixture
@@ -1150,9 +1151,11 @@ def run(monkeypatch, tmp_path):
         script.main()
 
     handler, precision = signal.getsignal(signal.SIGINT), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
     yield call
     signal.signal(signal.SIGINT, handler)
     torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
 
 
 def test_train_then_sample(run, capsys):
@@ -1214,6 +1217,34 @@ def test_accumulation_changes_nothing(run, capsys):
                       if ", grad " in line])
     close(load("by1")["model"].values(), load("by4")["model"].values(), 1e-4)
     assert len(norms[0]) == 2 and norms[0] == pytest.approx(norms[1], abs=0.02)
+
+
+def test_processes_change_nothing(run):
+    """Two processes with half of the sequences each: the same training, up to rounding."""
+    for n in (1, 2):
+        run(train, *SMALL, f"--processes={n}", f"--out=by{n}")
+    close(load("by2")["model"].values(), load("by1")["model"].values(), 1e-4)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs process groups")
+def test_interrupted_processes(run):
+    """Ctrl-C reaches all processes of the terminal: they leave after the same step, and none stays behind."""
+    command = [sys.executable, train.__file__, *SMALL, "--processes=2", "--steps=1000000", "--eval_interval=1000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not process.stdout.readline().startswith("step 2/"):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    (step,) = re.findall(r"Stopped after step (\d+), saved in out", error)
+    assert process.returncode == 1 and len(error.splitlines()) == 1 and load("out")["step"] == int(step)
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("a process stayed behind")
 
 
 def test_recompute_option(run):
@@ -1410,7 +1441,7 @@ def test_evaluate():
 BAD = {
     train: {
         "--nonsense=1": "--nonsense", "--steps=many": "--steps", "--steps=0": "--steps", "--lr=-1": "--lr",
-        "--weight_decay=-1": "--weight_decay", "--beta1=-1": "--beta1", "--beta2=2": "--beta2", "--hold=1": "--hold",
+        "--weight_decay=-1": "--weight_decay", "--beta1=-1": "--beta1", "--beta2=2": "--beta2", "--hold=1": "--hold", "--processes=-1": "--processes", "--processes=3": "--tokens_per_step",
         "--seed=-1": "--seed", "--warmup=-1": "--warmup",
         "--sample_tokens=-1": "--sample_tokens", "--tokens_per_step=65": "--tokens_per_step",
         "--data=missing.txt": "missing.txt", "--data=empty.txt": "text", "--data=short.txt": "--block_size",

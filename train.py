@@ -5,7 +5,7 @@
     python train.py --resume                         go on where a run stopped
     python train.py --preset=moeut-44M --n_layer=8   another model
     python train.py --init_from=other/run            begin with the weights of another run, or of the paper's authors
-    torchrun --nproc_per_node=4 train.py             data parallel
+    torchrun --nproc_per_node=4 train.py             data parallel on four GPUs (on a CPU it is so by itself)
     python train.py --bench                          speed and memory beside the dense Transformer, nothing is trained
     python train.py --compare runs/*                 results of finished runs, over seeds
 
@@ -13,6 +13,7 @@ From top to bottom: the options; the tokenizer; text to tokens; checkpoints; tra
 """
 
 import argparse
+import atexit
 import base64
 import codecs
 import contextlib
@@ -23,7 +24,9 @@ import json
 import math
 import os
 import signal
+import socket
 import statistics
+import subprocess
 import sys
 import sysconfig
 import time
@@ -73,6 +76,7 @@ class Options:
     log_interval: int = option(50, "steps between log lines")
     sample_tokens: int = option(160, "length of the samples printed during training")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    processes: int = option(0, "on a CPU, data-parallel processes that share its cores; 0: as many as cores, up to 4")
     dtype: str = option("auto", "precision of the matmuls: auto, float32, bfloat16, float16")
     compile: str = option("auto", "torch.compile: auto (on CUDA), yes, no")
     recompute: bool = option(False, "activation checkpointing: less memory, more time")
@@ -119,7 +123,7 @@ def parse_options(cls, doc: str, extra=None, argv=None) -> dict:
 def check(options: Options):
     """Refuse numbers that make no sense, in one sentence."""
     least = dict.fromkeys(("steps", "tokens_per_step", "batch_size", "eval_interval", "eval_tokens", "log_interval"), 1)
-    for name, low in {**least, "warmup": 0, "weight_decay": 0, "sample_tokens": 0, "final_lr": 0, "seed": 0}.items():
+    for name, low in {**least, "processes": 0, "warmup": 0, "weight_decay": 0, "sample_tokens": 0, "final_lr": 0, "seed": 0}.items():
         if not low <= getattr(options, name) < 2**63:
             sys.exit(f"--{name} is {getattr(options, name)}: it must be at least {low}.")
     for name in ("lr", "grad_clip"):
@@ -594,6 +598,43 @@ def prepare(device: torch.device):
     torch.set_float32_matmul_precision("high")  # TF32 where there is nothing better
 
 
+# Data parallel: torchrun starts the processes, one for each GPU. On a CPU this program does it by itself, because small
+# matmuls on one core each, in several processes, are a third faster than the same ones on all cores.
+
+
+def share_cores(options: Options, block_size: int) -> int:
+    """How many processes to train with on a CPU: as many as cores, up to 4, that divide the sequences of a step evenly."""
+    most = options.processes or min(torch.get_num_threads(), 4)
+    sequences = options.tokens_per_step // block_size
+    return most if options.processes else next(n for n in range(most, 0, -1) if sequences % n == 0)
+
+
+def start_others(n: int) -> str:
+    """Start this command n - 1 times more, each with its share of the cores. They are ranks 1 to n - 1 and say nothing.
+    Returns the address where rank 0, which is this process, has to meet them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    threads = max(torch.get_num_threads() // n, 1)
+    for rank in range(1, n):
+        env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=n, RANK=rank, OMP_NUM_THREADS=threads)
+        other = subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:]], env=os.environ | {k: str(v) for k, v in env.items()},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        atexit.register(other.kill)
+    torch.set_num_threads(threads)
+    return f"tcp://127.0.0.1:{port}"
+
+
+def agree(flag: bool) -> bool:
+    """True if any process says so: all of them leave the loop after the same step."""
+    if not dist.is_initialized():
+        return flag
+    any_flag = torch.tensor(int(flag))
+    dist.all_reduce(any_flag, dist.ReduceOp.MAX)
+    return bool(any_flag)
+
+
 class Trainer:
     """A model and what its training steps need. `run` is the model, possibly compiled or data-parallel."""
 
@@ -632,9 +673,11 @@ class Trainer:
 def train(options: Options, model_changes: dict, checkpoint: dict | None):
     check(options)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if "RANK" in os.environ:  # started by torchrun
-        dist.init_process_group("nccl" if torch.cuda.is_available() and options.device != "cpu" else "gloo")
-        if torch.cuda.is_available() and options.device == "auto":
+    cores = torch.get_num_threads()
+    if "RANK" in os.environ:  # started by torchrun, or by start_others
+        on_gpu = torch.cuda.is_available() and options.device != "cpu"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        if on_gpu and options.device == "auto":
             options.device = f"cuda:{os.environ['LOCAL_RANK']}"
     master = rank == 0
     say = print if master else lambda *_, **__: None
@@ -657,18 +700,24 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
         if config.vocab_size < tokenizer.n_vocab:
             sys.exit(f"The model's vocab_size is {config.vocab_size}, but the tokenizer {tokenizer.spec['name']} has {tokenizer.n_vocab} tokens.")
     T, out = config.block_size, Path(options.out)
-    if master:
-        corpus = tokenize(options.data, tokenizer, out / "tokens", T)
-    if world > 1:
-        dist.barrier()
-    if not master:
-        corpus = tokenize(options.data, tokenizer, out / "tokens", T)
+    alone = "RANK" not in os.environ
+    if alone and device.type == "cpu":
+        world = share_cores(options, T)
     sequences, rest = divmod(options.tokens_per_step, T * world)
     batch_size = min(options.batch_size, sequences)
     if rest or not sequences or sequences % batch_size:
         sys.exit(
             f"--tokens_per_step is {options.tokens_per_step}: it must be a multiple of block_size x batch_size x "
             f"processes = {T} x {options.batch_size} x {world} = {T * options.batch_size * world}.")
+    address = start_others(world) if alone and world > 1 else None
+    if master:
+        corpus = tokenize(options.data, tokenizer, out / "tokens", T)
+    if address:
+        dist.init_process_group("gloo", init_method=address, world_size=world, rank=0)
+    if world > 1:
+        dist.barrier()
+    if not master:
+        corpus = tokenize(options.data, tokenizer, out / "tokens", T)
     accumulate = sequences // batch_size
 
     torch.manual_seed(options.seed)
@@ -708,10 +757,10 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
 
     bits = {split: 1 / math.log(2) / per_token for split, per_token in corpus.bytes_per_token.items()}
     model.train()
-    step, began = first_step, time.time()
+    step, began, stopping = first_step, time.time(), False
     earlier = history[-1]["seconds"] if history else 0.0
     started, logged = began, (began, first_step)  # both move on by the time of evaluations
-    while step < options.steps and not stop:
+    while step < options.steps and not stopping:
         lr = learning_rate(step, options)
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
@@ -723,11 +772,11 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
         loss_sum, reg_sum, norm = trainer.step(batches)
         step += 1
 
-        done = step == options.steps
+        done, stopping = step == options.steps, agree(bool(stop))
         if step == first_step + 1:
             memory = peak_memory(device)
             if memory:
-                say(f"peak memory of a step: {memory:,.0f} MiB" + (", the whole process" if device.type == "cpu" else ""))
+                say(f"peak memory of a step: {memory:,.0f} MiB" + (", all of a process" if device.type == "cpu" else ""))
         if step % options.log_interval == 0 or step == first_step + 1 or done:
             loss, now = loss_sum.item(), time.time()  # .item() waits for the device
             rate = (step - logged[1]) / (now - logged[0])
@@ -742,9 +791,11 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
             logged = now, step
             if not math.isfinite(loss):
                 sys.exit(f"The loss is {loss} at step {step}: start again with a smaller --lr; the last checkpoint is kept.")
-        if step % options.eval_interval == 0 or done or stop:
+        if step % options.eval_interval == 0 or done or stopping:
             paused = time.time()
-            if master and not stop:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(cores)  # the other processes wait
+            if master and not stopping:
                 n_tokens = options.eval_tokens * (8 if done else 1)
                 loss, used = evaluate(model, corpus.val, n_tokens, batch_size, trainer.autocast)
                 history.append(dict(step=step, seconds=earlier + paused - started, loss=loss, bits=loss * bits["val"],
@@ -753,7 +804,8 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
                 say(line + (f", {used:.0%} of the experts in use" if used is not None else ""))
             if master:
                 save_checkpoint(out, trainer, step, options, tokenizer, history)
-            if stop:
+            stopping = agree(bool(stop))
+            if stopping:
                 break
             if master:
                 generator = torch.Generator(device).manual_seed(options.seed)
@@ -762,13 +814,14 @@ def train(options: Options, model_changes: dict, checkpoint: dict | None):
                 tokens = (t.item() for t in model.generate(prompt, options.sample_tokens, 0.8, generator=generator))
                 say("".join(["-" * 60, "\n", *tokenizer.stream(tokens), "\n", "-" * 60]), flush=True)
                 model.train()
+            torch.set_num_threads(threads)
             if world > 1:
                 dist.barrier()
             now = time.time()
             started, logged = started + now - paused, (now, step)
     if world > 1:
         dist.destroy_process_group()
-    if stop:
+    if stopping:
         sys.exit(f"Stopped after step {step}, saved in {out}: `python train.py --resume --out={out}` goes on.")
     say(f"done in {time.time() - began:.0f} s, saved in {out}; now `python sample.py --out={out}`")
 
