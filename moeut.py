@@ -56,9 +56,9 @@ class MoEUTConfig:
     block_size: int = 128  # training context T; the model itself has no limit (rotary positions)
     n_layer: int = 4  # L, counts applications: a layer repeated three times counts three
     group_size: int = 2  # G distinct layers, repeated L / G times; G = L shares nothing
-    n_embd: int = 128  # C
+    n_embd: int = 64  # C
     n_head: int = 4  # H; fewer than in a dense model, each head has A experts
-    head_size: int = 32  # D; H * D need not be C
+    head_size: int = 16  # D; H * D need not be C
     ffn: str = "moe"  # moe (sigma-MoE) | dense
     n_expert: int = 8  # E; parameters grow with E, compute hardly
     expert_size: int = 128  # F; 128 in the paper
@@ -151,15 +151,16 @@ PRESETS = {
     # Made for two CPU cores: the five architectures with the same number of parameters. The Universal
     # Transformer cannot have it at the same width.
     "tiny": dict(),  # MoEUT: the defaults above
-    "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=451),
-    "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=236, head_size=59, ffn_size=944),
-    "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=14, expert_size=32, top_k=8),
+    "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=481),
+    "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=150, head_size=37, ffn_size=600),
+    "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=15, expert_size=32, top_k=8),
     "switchhead-tiny": dict(ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2,
-                            ffn_size=379),
+                            ffn_size=441),
     # MoEUT needs 0.6 of the dense model's multiplications, as at the paper's larger sizes. Its experts are few and
     # large, because small matmuls keep a CPU waiting.
-    "small": dict(n_embd=256, n_layer=8, n_expert=18, expert_size=320, block_size=256),
-    "dense-small": dict(TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, ffn_size=1024, block_size=256),
+    "small": dict(n_embd=256, n_layer=8, head_size=32, n_expert=18, expert_size=320, block_size=256),
+    "dense-small": dict(TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, head_size=32, ffn_size=1024,
+                        block_size=256),
     # The paper's sizes (its table of hyperparameters; SentencePiece vocabulary of 8000).
     #                    C   L  G  H    D    E   K   A
     "moeut-44M": _moeut(412, 16, 2, 4, 82, 155, 12, 8),
