@@ -1,13 +1,15 @@
 """MoEUT, the Mixture-of-Experts Universal Transformer (Csordas et al., 2024, arXiv 2405.16039).
 
 A Universal Transformer applies the same layers over and over, so depth costs no parameters; but with
-shared layers a dense model has too few of them. MoEUT buys them back with three ideas:
+shared layers a dense model has too few of them. MoEUT buys them back, and makes that work, with three
+ideas:
 
 1. Mixtures of experts in both halves of a layer: sigma-MoE in the feedforward (arXiv 2310.10837) and
    SwitchHead in the attention (arXiv 2312.07987). Every token uses a few experts out of many.
 2. Layer grouping: not one layer but a small group of G of them is repeated, ABABAB...
 3. Peri-layernorm: a layernorm stands only where a softmax or sigmoid follows, never in the way of the
-   values, so that the residual stream can grow and shrink freely through the repeats.
+   values. With pre-layernorm a layer sees inputs of one size at every depth, while the residual stream
+   that it adds to grows: what it adds counts less and less, and a shared layer cannot make up for that.
 
 The same file holds what the paper compares with: `ffn`, `attention`, `group_size` and `layernorm` in
 the config turn MoEUT into the standard Transformer, the plain Universal Transformer, the sigma-MoE
@@ -27,7 +29,7 @@ Letters in the shape comments, code name and meaning:
 
 A router is a linear map to `logits`, one for each expert; the `scores` are their sigmoids; top-K takes
 the experts with the K largest; the `gate` of a chosen expert is its score, by which its output is
-multiplied. Scores are not normalised, and no token is ever dropped.
+multiplied. Scores are not normalised. Experts have no capacity limit, so no token is ever dropped.
 
 Not in here: dropout of experts, load balancing beyond the paper's entropy term, sequence packing,
 a tokenizer (see train.py).
@@ -42,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# cvmm.py multiplies every token by the matrices of its chosen experts only; the top of that file says how.
 from cvmm import Weight, cast, expert_ffn, expert_outputs, expert_values, route, topk
 
 # ---------------------------------------------------------------------------------------------------
@@ -57,7 +60,7 @@ class MoEUTConfig:
     n_layer: int = 4  # L, counts applications: a layer repeated three times counts three
     group_size: int = 2  # G distinct layers, repeated L / G times; G = L shares nothing
     n_embd: int = 64  # C
-    n_head: int = 4  # H; fewer than in a dense model, each head has A experts
+    n_head: int = 4  # H; the paper's MoEUTs have fewer than its dense models, because each head has A experts
     head_size: int = 16  # D; H * D need not be C
     ffn: str = "moe"  # moe (sigma-MoE) | dense
     n_expert: int = 8  # E; parameters grow with E, compute hardly
@@ -149,7 +152,7 @@ def _dense(C, L, H, D, hidden):
 
 PRESETS = {
     # Made for two CPU cores: the five architectures with the same number of parameters. The Universal
-    # Transformer cannot have it at the same width.
+    # Transformer gets them by its width: at the same width its feedforward would be 36 times as wide as the stream.
     "tiny": dict(),  # MoEUT: the defaults above
     "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=481),
     "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=150, head_size=37, ffn_size=600),
@@ -270,8 +273,8 @@ def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def usage(logits: Tensor) -> Tensor:
-    """Mean probability of each expert over time: [B, T, ..., E] -> [B, ..., E]. A softmax over all experts,
-    although the gate is a sigmoid."""
+    """Mean probability of each expert over time: [B, T, ..., E] -> [B, ..., E]. Counts of choices would have no
+    gradient, so a softmax over all experts stands for them, although the gate is a sigmoid."""
     return logits.softmax(-1).mean(1)
 
 
@@ -286,9 +289,9 @@ def negative_entropy(p: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 # Feedforward
 #
-# x is what values are made of; n is what routers (and queries and keys) read. Without peri-layernorm they
-# are the same. `cast_weights` gives the expert weights in the precision of the matmuls; the model calls it
-# once per step and hands them back as `weights`.
+# x is what experts (in attention: values) transform; n is what routers, queries and keys read. Without
+# peri-layernorm they are the same. `cast_weights` gives the expert weights in the precision of the matmuls;
+# the model calls it once per step and hands them back as `weights`.
 
 
 class DenseFFN(nn.Module):
@@ -377,8 +380,11 @@ class DenseAttention(nn.Module):
 class SwitchHead(DenseAttention):
     """Attention with dense queries and keys, and with A experts per head for values and outputs:
 
-        v_h = sum over top-J e of s_v[h, e] * x W_v[h, e]          (scores of the source token)
-        out = sum_h sum over top-J e of s_o[h, e] * a_h W_o[h, e]  (scores of the query token)
+        v_h = sum over top-J e of s_v[h, e] * x W_v[h, e]          (scores of the token attended to)
+        a_h = softmax(q_h k_h^T / sqrt(D)) v_h                     (causal)
+        out = sum_h sum over top-J e of s_o[h, e] * a_h W_o[h, e]  (scores of the token that attends)
+
+    Expert e of head h is matrix h * A + e of w_v and w_o.
     """
 
     def __init__(self, c: MoEUTConfig):
@@ -480,7 +486,8 @@ class MoEUT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Normal with standard deviation sqrt(2 / L) / sqrt(fan in), L counting applications; the fan in
-        of w_down is E * F and that of w_o is H * D. Layernorms 1 and 0, the head is PyTorch's default."""
+        of w_down is E * F and that of w_o is H * D, as in the paper's code. The embedding has 1 / sqrt(C);
+        layernorms 1 and 0; the head is PyTorch's default."""
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(self.config.n_embd))
         for layer in self.layers:
             layer.attention.init_weights(math.sqrt(2 / self.config.n_layer))
@@ -552,7 +559,8 @@ class MoEUT(nn.Module):
 
     def regulariser(self, att_usage, ffn_usage, like: Tensor) -> Tensor:
         """Sum over the layers of the weighted negative entropy of expert usage, over all repeats and time
-        steps of a sequence together; the more evenly the experts are used, the lower."""
+        steps of a sequence together; the more evenly the experts are used, the lower. Without it a few
+        experts could win every token, and the others would never learn."""
         total = like.new_zeros((), dtype=torch.float32)
         for att, ffn in zip(att_usage, ffn_usage):  # of all repeats of one layer
             if att and att[0] is not None:                                       # [B, 2, H, A] each
@@ -632,7 +640,7 @@ def print_presets():
         kv = 2 * config.n_layer * config.n_head * config.head_size * 2
         print(f"{name:16} {n_params:13,} {n_params - config.idle_params():13,} {macs:13,} "
               f"{macs / dense.macs_per_token():7.2f} {kv:11,}")
-    print("\nactive: without the experts that a token does not choose. MACs: multiply-accumulates of the forward pass at the "
+    print("\nactive: without the experts that a token does not choose in a layer. MACs: multiply-accumulates of the forward pass at the "
           "training\ncontext, embedding and head left out. KV cache: bytes per token in 16 bits.")
 
 
