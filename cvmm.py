@@ -459,7 +459,8 @@ def number_format(x: Tensor) -> dict:
 
 
 def schedule(x: Tensor) -> dict:
-    """Found by `python cvmm.py --report`: no spills on sm_80 and sm_90, but for a few bytes of one float32 kernel on sm_90."""
+    """Found by `python cvmm.py --report`: no spills on sm_80 and sm_90, but for a few bytes of one float32 kernel
+    on sm_90."""
     wide = x.element_size() <= 2
     return dict(BN=128 if wide else 64, BK=64 if wide else 32, num_warps=8, num_stages=3)
 
@@ -1039,7 +1040,8 @@ def verify(device: torch.device):
         for C, F_, E, K, n in ((64, 32, 7, 3, 111), (412, 128, 155, 12, 300), (256, 128, 64, 8, 500)):
             *inputs, expert, dout = random_layer(C, F_, E, K, n, dtype, device)
             x, w_up, *_ = inputs
-            x[:, 0], w_up[:, 0] = 8, torch.randn(E, F_).sign()  # keeps hidden units away from 0, where rounding could switch them
+            # Hidden units stay away from 0, where rounding could switch them and change gradients.
+            x[:, 0], w_up[:, 0] = 8, torch.randn(E, F_).sign()
             inputs = [t.requires_grad_() for t in inputs]
             exact = [t.detach().double().requires_grad_() for t in inputs]
             flat = expert.flatten()

@@ -640,8 +640,8 @@ def print_presets():
         kv = 2 * config.n_layer * config.n_head * config.head_size * 2
         print(f"{name:16} {n_params:13,} {n_params - config.idle_params():13,} {macs:13,} "
               f"{macs / dense.macs_per_token():7.2f} {kv:11,}")
-    print("\nactive: without the experts that a token does not choose in a layer. MACs: multiply-accumulates of the forward pass at the "
-          "training\ncontext, embedding and head left out. KV cache: bytes per token in 16 bits.")
+    print("\nactive: without the experts that a token does not choose in a layer. MACs: multiply-accumulates of the forward\n"
+          "pass at the training context, embedding and head left out. KV cache: bytes per token in 16 bits.")
 
 
 if __name__ == "__main__":

@@ -1441,7 +1441,8 @@ def test_evaluate():
 BAD = {
     train: {
         "--nonsense=1": "--nonsense", "--steps=many": "--steps", "--steps=0": "--steps", "--lr=-1": "--lr",
-        "--weight_decay=-1": "--weight_decay", "--beta1=-1": "--beta1", "--beta2=2": "--beta2", "--hold=1": "--hold", "--processes=-1": "--processes", "--processes=3": "--tokens_per_step",
+        "--weight_decay=-1": "--weight_decay", "--beta1=-1": "--beta1", "--beta2=2": "--beta2",
+        "--hold=1": "--hold", "--processes=-1": "--processes", "--processes=3": "--tokens_per_step",
         "--seed=-1": "--seed", "--warmup=-1": "--warmup",
         "--sample_tokens=-1": "--sample_tokens", "--tokens_per_step=65": "--tokens_per_step",
         "--data=missing.txt": "missing.txt", "--data=empty.txt": "text", "--data=short.txt": "--block_size",

@@ -123,7 +123,8 @@ def parse_options(cls, doc: str, extra=None, argv=None) -> dict:
 def check(options: Options):
     """Refuse numbers that make no sense, in one sentence."""
     least = dict.fromkeys(("steps", "tokens_per_step", "batch_size", "eval_interval", "eval_tokens", "log_interval"), 1)
-    for name, low in {**least, "processes": 0, "warmup": 0, "weight_decay": 0, "sample_tokens": 0, "final_lr": 0, "seed": 0}.items():
+    least |= dict.fromkeys(("processes", "warmup", "weight_decay", "sample_tokens", "final_lr", "seed"), 0)
+    for name, low in least.items():
         if not low <= getattr(options, name) < 2**63:
             sys.exit(f"--{name} is {getattr(options, name)}: it must be at least {low}.")
     for name in ("lr", "grad_clip"):
@@ -604,9 +605,10 @@ def prepare(device: torch.device):
 
 def share_cores(options: Options, block_size: int) -> int:
     """How many processes to train with on a CPU: as many as cores, up to 4, that divide the sequences of a step evenly."""
-    most = options.processes or min(torch.get_num_threads(), 4)
+    if options.processes:
+        return options.processes
     sequences = options.tokens_per_step // block_size
-    return most if options.processes else next(n for n in range(most, 0, -1) if sequences % n == 0)
+    return next(n for n in range(min(torch.get_num_threads(), 4), 0, -1) if sequences % n == 0)
 
 
 def start_others(n: int) -> str:
