@@ -138,9 +138,12 @@ def few_slots_matmul(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out:
 # One small matmul uses two cores badly, several at once use them well. Consecutive experts are therefore taken
 # together in one bmm, each padded to as many rows as the longest of them. A group grows by two experts at a time
 # as long as its padding stays small; the others stay alone. Padding rows read slot 0 and have gate 0.
+#
+# The rows of an expert are a multiple of 8, because oneDNN, which multiplies bfloat16, compiles new code for
+# every size that it meets: a millisecond, five times as long as the matmul itself.
 
-MAX_PADDING = 1.125  # a group may have this factor more rows than slots
-SPARE_ROWS = 16  # ... plus this many
+ROW_STEP = 8
+MAX_PADDING = 1.125  # a group may have this factor more rows than its experts alone
 GROUP_EXPERTS = 8  # at most; more are no faster and fall out of the cache
 
 
@@ -149,18 +152,18 @@ def torch_sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Ten
     # The sort is stable, so that sums run in a fixed order and the rows of an expert ascend.
     ids = expert.cpu().numpy().astype(np.uint16)  # numpy sorts 16 bits by radix, 15 times faster than torch
     order, counts = ids.argsort(kind="stable"), np.bincount(ids, minlength=n_expert)
-    count = counts.tolist()
+    size = (-(-counts // ROW_STEP) * ROW_STEP).tolist()
     groups, starts, first, top = [], [], 0, 0
     while first < n_expert:
-        size, rows = 1, count[first]
-        for n in range(2, min(GROUP_EXPERTS, n_expert - first) + 1, 2):
-            members = count[first:first + n]
-            if n * max(members) > MAX_PADDING * sum(members) + SPARE_ROWS:
+        n, rows = 1, size[first]
+        for more in range(2, min(GROUP_EXPERTS, n_expert - first) + 1, 2):
+            members = size[first:first + more]
+            if more * max(members) > MAX_PADDING * sum(members):
                 break
-            size, rows = n, max(members)
-        groups.append((first, size, top, rows))
-        starts += range(top, top + size * rows, rows) if rows else [top] * size
-        first, top = first + size, top + size * rows
+            n, rows = more, max(members)
+        groups.append((first, n, top, rows))
+        starts += range(top, top + n * rows, rows) if rows else [top] * n
+        first, top = first + n, top + n * rows
     offsets = np.array([*starts, top])
     # The r-th of the sorted slots moves down by the padding before its expert.
     moved = np.arange(len(ids)) + np.repeat(offsets[:-1] - (counts.cumsum() - counts), counts)
@@ -173,7 +176,7 @@ def torch_sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Ten
 
 def padded_rows(m: int, n_expert: int) -> int:
     """What m slots can take at most with their padding: a size that does not depend on the choice."""
-    return int(m * MAX_PADDING) + SPARE_ROWS * n_expert
+    return int(MAX_PADDING * (m + ROW_STEP * n_expert))
 
 
 class Scratch(threading.local):

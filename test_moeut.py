@@ -322,6 +322,25 @@ def test_two_runs_are_equal_bit_for_bit(name, device, path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("skew", [0.0, 0.5, 5.0])
+def test_groups_of_experts(skew):
+    """The PyTorch path: all slots in the rows of their expert, in order; few sizes; little padding."""
+    E, K = 40, 3
+    expert = (torch.randn(500, E) + skew * torch.randn(E)).topk(K).indices.flatten()
+    slot, row, offsets, table = cvmm.torch_sort_slots(expert.int(), E)
+    count = expert.bincount(minlength=E)
+    assert torch.equal(slot[row], torch.arange(500 * K)) and len(slot) >= offsets[-1]
+    for e, first in enumerate(offsets[:-1].tolist()):
+        assert torch.equal(slot[first:first + count[e]], (expert == e).nonzero()[:, 0])
+    done = 0
+    for first, n, top, rows in table[table[:, 1] > 0].tolist():
+        assert first == done and rows % 8 == 0 and n <= 8
+        assert rows >= count[first:first + n].max() and n * rows <= 1.125 * (count[first:first + n] + 7).sum()
+        assert offsets[first:first + n].tolist() == [top + i * rows for i in range(n)]
+        done = first + n
+    assert done == E
+
+
 def test_bad_shapes(path):
     x, w, expert = slots((3, 1), "random", "cpu")
     r = cvmm.route(expert, 11)
