@@ -462,10 +462,8 @@ def number_format(x: Tensor) -> dict:
 
 
 def schedule(x: Tensor) -> dict:
-    """Found by `python cvmm.py --report`: no spills on sm_80 and sm_90, but for a few bytes of one float32 kernel
-    on sm_90."""
-    wide = x.element_size() <= 2
-    return dict(BN=128 if wide else 64, BK=64 if wide else 32, num_warps=8, num_stages=3)
+    """Found by `python cvmm.py --report`: no spills on sm_80 and sm_90."""
+    return dict(BN=128, BK=64 if x.element_size() <= 2 else 32, num_warps=8, num_stages=3)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -1003,22 +1001,24 @@ def inspect(compiled) -> dict:
 def report(only: list[str]):
     """Compile every distinct launch of the shapes above for all targets and print a line for each.
 
-    only: names of shapes, dtypes, numbers of tokens and targets, to print less.
+    only: names of shapes, number formats, numbers of tokens and targets, to print less.
     """
     pick = lambda choices: [c for c in choices if c in only] or choices
-    print("first seen as: kernel, use, shape, tokens, dtype, rows of a tile, target")
+    print("first seen as: kernel, use, shape, tokens, number format, rows of a tile, target")
     seen = set()
-    for dtype in pick(["bfloat16", "float16", "float32"]):
+    for format in pick(["bfloat16", "float16", "float32", "tf32"]):
+        torch.set_float32_matmul_precision("high" if format == "tf32" else "highest")
+        dtype = torch.float32 if format == "tf32" else getattr(torch, format)
         for shape in pick(list(SHAPES)):
             for n_tokens in pick(["65536", "2048", "128"]):
-                for kernel, _, tensors, rest, use in real_launches(shape, int(n_tokens), getattr(torch, dtype)):
+                for kernel, _, tensors, rest, use in real_launches(shape, int(n_tokens), dtype):
                     for target in pick(list(TARGETS)) if kernel else ():
                         key, build = compile_for(target, kernel, tensors, rest)
                         if (target, key) not in seen:
                             seen.add((target, key))
                             compiled = build()
                             facts = inspect(compiled) if target.startswith("sm") else {}
-                            print(kernel.__name__, use, shape, n_tokens, dtype, rest["BM"], target,
+                            print(kernel.__name__, use, shape, n_tokens, format, rest["BM"], target,
                                   *(f"{k} {v}" for k, v in facts.items()), sep=", ", flush=True)
 
 
