@@ -120,13 +120,18 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Few slots, when decoding: no sort. The matrices of the slots that add up are put on top of each other, so that
-# one matmul also does the sum.
+# Few slots, when decoding: no sort. One or two tokens on a CPU: one vector times one matrix at a time. More: the
+# matrices of the slots that add up are copied on top of each other, so that one matmul also does the sum.
 
 
 def few_slots_matmul(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: int) -> Tensor:
     """What cvmm_definition computes: x [M / fan_in, I], w [E, I, O], expert [M] -> [M / fan_out, O]"""
     (_, n_in), n_out = x.shape, w.shape[2]
+    if len(expert) <= 4 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        out = x.new_zeros(len(expert) // fan_out, n_out)
+        for s, e in enumerate(expert.tolist()):
+            out[s // fan_out].addmv_(w[e].T, x[s // fan_in])
+        return out
     rows = x.unsqueeze(1).expand(-1, fan_in, -1).reshape(-1, 1, fan_out * n_in)
     matrices = w.index_select(0, expert).reshape(-1, fan_out * n_in, n_out)      # [M / fan_out, fan_out * I, O]
     return torch.bmm(rows, matrices).squeeze(1)                                  # [M / fan_out, O]

@@ -120,8 +120,9 @@ def test_definition():
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 @pytest.mark.parametrize("fans", FANS.values(), ids=FANS)
-def test_few_slots(fans, transposed):
-    x, w, expert = slots(fans, "random", CPU, transposed=transposed)
+@pytest.mark.parametrize("n_token", [1, 37])  # in turn, all at once
+def test_few_slots(n_token, fans, transposed):
+    x, w, expert = slots(fans, "random", CPU, n_token=n_token, transposed=transposed)
     close([cvmm.few_slots_matmul(x, w, expert, *fans)], [cvmm.cvmm_definition(x, w, expert, *fans)])
 
 
