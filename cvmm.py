@@ -26,13 +26,17 @@ that choose two of three experts each:
     expert          0  1  1  0  2  1     sort by expert     expert   0  0 | 1  1  1 | 2
                                                             offsets  0      2         5   6
 
-A *row* is a place in that sorted list: it holds the slots of expert 0, then those of expert 1, ...;
-expert e owns the rows offsets[e] .. offsets[e+1]. This `Routing` is made once per choice and serves
-every matmul of that choice, forward and backward.
+From here on a *row* is a place in that sorted list, which holds the slots of expert 0, then those of
+expert 1, ...; expert e owns the rows offsets[e] .. offsets[e+1]. This `Routing` is made once for every
+decision of a router, and serves all matmuls that follow from it, forward and backward.
 
-In this file, top to bottom: the definition; the routing; few slots, which need none; the PyTorch path
-(any device); the Triton path; the choice between them; the custom ops; autograd; the public functions
-`topk`, `cvmm`, `expert_ffn`, `expert_values` and `expert_outputs`; the bench.
+What a slot contributes is weighted by its *gate*, the router's score of its expert. `cvmm` knows no
+gates; the functions for whole layers multiply by them where the tensors are narrowest: `expert_ffn`
+(sigma-MoE, arXiv 2310.10837), `expert_values` and `expert_outputs` (SwitchHead, arXiv 2312.07987).
+
+In this file, top to bottom: the definition; the routing (`route`); a shortcut for few slots; the PyTorch
+path (any device); the Triton path; the choice between them; the custom ops; autograd; the public
+functions `topk`, `cast`, `cvmm`, `expert_ffn`, `expert_values` and `expert_outputs`; the bench.
 
 Letters: N tokens, K chosen experts (top_k), E experts, C width, F expert size, M slots, R rows (M, and
 the padding on the PyTorch path); H heads, D head size, A experts per head, J chosen of them; a matrix
@@ -43,6 +47,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import statistics
 import sys
 import threading
@@ -54,8 +59,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Triton takes 0.2 s to import and has no wheels for macOS and Windows: only who needs it loads it.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on CPU tensors, in Python
+# Triton takes 0.2 s to import and has no wheels for macOS and Windows: it is imported only where it is needed.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python, also on CPU tensors: for tests
 triton = None
 if torch.cuda.is_available() or INTERPRETED or __name__ == "__main__":
     try:
@@ -84,7 +89,7 @@ def cvmm_definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: 
 
 
 class Routing(NamedTuple):
-    """Which slots belong to which expert. Made by `route`, shared by all matmuls of one choice.
+    """Which slots belong to which expert. Made by `route`, shared by all matmuls of one decision.
 
     On the PyTorch path there are R >= M rows: some are padding, see below. Few slots are not sorted;
     all but `expert` are empty then.
@@ -101,21 +106,25 @@ FEW_SLOTS = 64  # decoding, without gradients: up to here sorting costs more tha
 
 
 def is_decoding(n_slots: int) -> bool:
-    """The slots are so few that few_slots_matmul is the fastest way. (Its gradient would not be.)"""
+    """The slots are so few that few_slots_matmul is the fastest way, but only forward."""
     return n_slots <= FEW_SLOTS and not torch.is_grad_enabled()
 
 
 def route(expert: Tensor, n_expert: int) -> Routing:
-    """Sort the slots by expert, without a host synchronisation on a GPU.
+    """Sort the slots by expert, with Triton without a host synchronisation.
 
-    Args: expert, integer tensor of any shape with entries in [0, n_expert), slots in token-major order.
+    Args: expert, integer tensor of any shape, slots in token-major order. Its entries must be in [0, n_expert): that
+    is not checked, because a GPU would have to be waited for.
+    Returns the Routing that cvmm and expert_ffn take.
+    Raises ValueError for 32768 experts or more, TypeError for experts that are not integers.
     """
-    expert = expert.flatten()
-    if is_decoding(expert.numel()):
-        return Routing(expert, *[expert.new_empty(0)] * 4)
-    expert = expert.int()
     if n_expert >= 2**15:
         raise ValueError(f"route: {n_expert} experts are more than the 32767 that fit into 16 bits.")
+    if expert.is_floating_point():
+        raise TypeError(f"route: experts are numbers of dtype {expert.dtype}, but must be integers.")
+    expert = expert.flatten().int()
+    if is_decoding(expert.numel()):
+        return Routing(expert, *[expert.new_empty(0)] * 4)
     return Routing(expert, *_sort_slots(expert, n_expert))  # torch_sort_slots or triton_sort_slots
 
 
@@ -126,13 +135,13 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 
 def few_slots_matmul(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: int) -> Tensor:
     """What cvmm_definition computes: x [M / fan_in, I], w [E, I, O], expert [M] -> [M / fan_out, O]"""
-    (_, n_in), n_out = x.shape, w.shape[2]
+    n_in, n_out = w.shape[1:]
     if len(expert) <= 4 and x.device.type == "cpu" and not torch.compiler.is_compiling():
         out = x.new_zeros(len(expert) // fan_out, n_out)
         for s, e in enumerate(expert.tolist()):
             out[s // fan_out].addmv_(w[e].T, x[s // fan_in])
         return out
-    rows = x.unsqueeze(1).expand(-1, fan_in, -1).reshape(-1, 1, fan_out * n_in)
+    rows = x.unsqueeze(1).expand(-1, fan_in, -1).reshape(-1, 1, fan_out * n_in)  # [M / fan_out, 1, fan_out * I]
     matrices = w.index_select(0, expert).reshape(-1, fan_out * n_in, n_out)      # [M / fan_out, fan_out * I, O]
     return torch.bmm(rows, matrices).squeeze(1)                                  # [M / fan_out, O]
 
@@ -142,23 +151,24 @@ def few_slots_matmul(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out:
 #
 # One small matmul uses two cores badly, several at once use them well. Consecutive experts are therefore taken
 # together in one bmm, each padded to as many rows as the longest of them. A group grows by two experts at a time
-# as long as its padding stays small; the others stay alone. Padding rows read slot 0 and have gate 0.
+# as long as its padding stays small; the others stay alone. Padding rows repeat a slot of their expert, with gate 0.
 #
 # The rows of an expert are a multiple of 8, because oneDNN, which multiplies bfloat16, compiles new code for
 # every size that it meets: a millisecond, five times as long as the matmul itself.
 
 ROW_STEP = 8
-MAX_PADDING = 1.125  # a group may have this factor more rows than its experts alone
+MAX_PADDING = 1.125  # a group has at most this many times the rows of its experts alone
 GROUP_EXPERTS = 8  # at most; more are no faster and fall out of the cache
 
 
 def torch_sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """slot, row, offsets, and the groups: [n, 4] of first expert, experts, first row, rows of each."""
+    """slot, row, offsets, and the groups: [E, 4] of first expert, experts, first row, rows per expert; then -1."""
     # The sort is stable, so that sums run in a fixed order and the rows of an expert ascend.
     ids = expert.cpu().numpy().astype(np.uint16)  # numpy sorts 16 bits by radix, 15 times faster than torch
     order, counts = ids.argsort(kind="stable"), np.bincount(ids, minlength=n_expert)
+    begins = counts.cumsum() - counts  # of each expert, without padding
     size = (-(-counts // ROW_STEP) * ROW_STEP).tolist()
-    groups, starts, first, top = [], [], 0, 0
+    groups, starts, first, first_row = [], [], 0, 0
     while first < n_expert:
         n, rows = 1, size[first]
         for more in range(2, min(GROUP_EXPERTS, n_expert - first) + 1, 2):
@@ -166,13 +176,14 @@ def torch_sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Ten
             if more * max(members) > MAX_PADDING * sum(members):
                 break
             n, rows = more, max(members)
-        groups.append((first, n, top, rows))
-        starts += range(top, top + n * rows, rows) if rows else [top] * n
-        first, top = first + n, top + n * rows
-    offsets = np.array([*starts, top])
-    # The r-th of the sorted slots moves down by the padding before its expert.
-    moved = np.arange(len(ids)) + np.repeat(offsets[:-1] - (counts.cumsum() - counts), counts)
+        groups.append((first, n, first_row, rows))
+        starts += range(first_row, first_row + n * rows, rows) if rows else [first_row] * n
+        first, first_row = first + n, first_row + n * rows
+    offsets, used = np.array([*starts, first_row]), counts > 0
+    # The r-th of the sorted slots moves down by all padding that precedes its expert.
+    moved = np.arange(len(ids)) + np.repeat(offsets[:-1] - begins, counts)
     slot, row = np.zeros(padded_rows(len(ids), n_expert), np.int64), np.empty(len(ids), np.int64)
+    slot[:offsets[-1]] = np.repeat(order[begins[used]], np.diff(offsets)[used])  # what padding repeats
     slot[moved], row[order] = order, moved
     table = np.full((n_expert, 4), -1)
     table[: len(groups)] = groups
@@ -180,7 +191,7 @@ def torch_sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Ten
 
 
 def padded_rows(m: int, n_expert: int) -> int:
-    """What m slots can take at most with their padding: a size that does not depend on the choice."""
+    """R: the most rows that m slots can take with their padding, whatever their experts are."""
     return int(MAX_PADDING * (m + ROW_STEP * n_expert))
 
 
@@ -221,12 +232,12 @@ def _sum_slots(y: Tensor, row: Tensor, fan_out: int) -> Tensor:
 
 
 def grad_dtype(x: Tensor) -> torch.dtype:
-    """Weight gradients are float32 at least: the repeats of a shared layer add up in them."""
+    """Weight gradients are float32 at least: those of all repeats of a layer add up."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out [n, M, O] = a [n, M, I] @ b [n, I, O]; out may have a wider dtype."""
+    """out [n, rows, O] = a [n, rows, I] @ b [n, I, O]; out may have a wider dtype."""
     if out.dtype != a.dtype:
         out.copy_(torch.bmm(a, b))
     elif len(a) == 1:  # mm divides a single matmul among the cores better
@@ -258,8 +269,13 @@ def torch_matmul_dw(x, dout, r: Routing, fan_in, fan_out):
     return dw
 
 
-# The feedforward: z = x w_up, h = gate * relu(z), y = h w_down, and the K rows y of a token add up. Backward,
-# with dh = dout w_down^T: dz = gate * dh where h is not 0, and dot = <dh, h> = gate * dgate (see _ExpertFFN).
+# The feedforward:
+#
+#     z = x w_up                     backward:   dh  = dout w_down^T
+#     h = gate * relu(z)                         dz  = gate * dh where h is not 0, else 0
+#     y = h w_down                               dot = sum over F of dh * h = gate * dgate    (see _ExpertFFN)
+#
+# and the K rows y of a token add up.
 
 
 def torch_ffn(x, w_up, w_down, gate, r: Routing):
@@ -271,7 +287,7 @@ def torch_ffn(x, w_up, w_down, gate, r: Routing):
         he, ge, ye = (t[rows].unflatten(0, (n, -1)) for t in (h, g, y))
         _bmm(_take(x, token[rows], n), w_up[e], he)
         _bmm(he.relu_().mul_(ge), w_down[e], ye)  # h is finished in place
-    h[rows.stop:] = 0  # rows of no group
+    h[r.offsets[-1]:] = 0  # not used, but a result of the op
     return _sum_slots(y, r.row, gate.shape[1]), h
 
 
@@ -280,7 +296,7 @@ def torch_ffn_backward(dout, x, h, w_up, w_down, gate, r: Routing):
     g = _row_gate(gate, r.row, len(token), x.dtype)                              # [R, 1]
     dot = gate.new_empty(len(token))                                             # [R]
     dx = scratch.rows(x, len(token), x.shape[1])                                 # [R, C]
-    dw_up, dw_down = (torch.empty_like(w, dtype=grad_dtype(x)) for w in (w_up, w_down))
+    dw_up, dw_down = (w.new_empty(w.shape, dtype=grad_dtype(x)) for w in (w_up, w_down))
     for e, rows, n in _groups(r.table):
         he, ge, dxe = (t[rows].unflatten(0, (n, -1)) for t in (h, g, dx))
         xe, de = _take(x, token[rows], n), _take(dout, token[rows], n)
@@ -288,7 +304,7 @@ def torch_ffn_backward(dout, x, h, w_up, w_down, gate, r: Routing):
         _bmm(de, w_down[e].mT, dh)
         _bmm(he.mT, de, dw_down[e])
         dot[rows] = (dh * he).sum(-1).flatten()
-        dz = torch.ops.aten.threshold_backward.grad_input(dh.mul_(ge), he, 0, grad_input=dh)  # 0 where h is 0
+        dz = torch.ops.aten.threshold_backward.grad_input(dh.mul_(ge), he, 0, grad_input=dh)  # in place
         _bmm(xe.mT, dz, dw_up[e])
         _bmm(dz, w_up[e].mT, dxe)
     return _sum_slots(dx, r.row, gate.shape[1]), dw_up, dw_down, dot.index_select(0, r.row).view_as(gate)
@@ -336,7 +352,7 @@ def rows_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(n_out, BN)
-    tile = tl.program_id(0) // n_blocks  # neighbours share rows of x, which stay in L2
+    tile = tl.program_id(0) // n_blocks  # the programs of one tile follow each other: its rows of x stay in L2
     expert = tl.load(table + 2 * tile).to(tl.int64)
     if expert < 0:
         return
@@ -366,7 +382,7 @@ def rows_kernel(
     store = real[:, None] & (cols[None, :] < n_out)
     target = (s if SCATTER else rows).to(tl.int64)[:, None] * stride_out + cols[None, :]
     if EPILOGUE == "up":
-        acc = tl.maximum(acc, 0.0) * tl.load(gate + s)[:, None]
+        acc = tl.where(acc <= 0.0, 0.0, acc) * tl.load(gate + s)[:, None]  # tl.maximum would hide a NaN
     if EPILOGUE == "down backward":
         hidden = tl.load(h + rows.to(tl.int64)[:, None] * n_out + cols[None, :], mask=store, other=0.0).to(tl.float32)
         tl.store(dot + block.to(tl.int64) * n_slots + s, tl.sum(acc * hidden, 1), mask=real)
@@ -383,7 +399,7 @@ def rows_kernel(
 #         dw[expert, inputs, outputs] = acc                                 zeros for an empty expert
 #
 # Where that makes too few programs to fill a GPU, the rows of an expert are split into equal parts.
-# The slots of the next block are loaded one round ahead, or they would stall the loads they address.
+# The slots of a block are loaded one round ahead, because the loads of x and dout have to wait for them.
 
 
 @jit
@@ -435,8 +451,8 @@ def dw_kernel(
 
 # The launchers. All go through `launch`, where the bench and the tests listen.
 
-SLOT_BYTES = 2**31  # for the outputs of all slots, [M, C], before their sum; a smaller number computes
-#                     fewer columns at a time, at least 128, and reads the slots' inputs more often
+SLOT_BYTES = 2**31  # limit for the outputs of all slots, [M, C], before their sum: above it the columns are computed
+#                     in several passes, at least 128 at a time, which read the slots' inputs again
 listeners = []  # each is called with kernel (None for a sum of slots), programs, tensors, other arguments
 
 
@@ -462,7 +478,9 @@ def block_rows(m: int, n_expert: int) -> int:
 
 def number_format(x: Tensor) -> dict:
     """float32 follows torch's own switch for TF32."""
-    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not INTERPRETED
+    if x.dtype == torch.float64:
+        raise TypeError("The Triton kernels sum in float32 and take no float64: use float32, or a CPU.")
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not INTERPRETED
     return dict(PRECISION="tf32" if tf32 else "ieee", UPCAST=INTERPRETED and x.dtype == torch.bfloat16)
 
 
@@ -472,13 +490,14 @@ def schedule(x: Tensor) -> dict:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """What the kernels read: the numbers of a row side by side, and rows of a multiple of 16 of them, because
-    others cannot be copied asynchronously."""
+    """x [., I] as the kernels read it: the numbers of a row side by side, and padded to a multiple of 16 of them, or
+    they could not be copied asynchronously."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     return F.pad(x, (0, -x.shape[-1] % 16)) if x.shape[-1] % 16 else x
 
 
 def aligned_weight(w: Tensor) -> Tensor:
+    """w [E, I, O], padded in the same way in both dimensions."""
     pad_i, pad_o = -w.shape[1] % 16, -w.shape[2] % 16
     if w.stride(1) == 1:  # a transposed view stays one
         return F.pad(w.mT, (0, pad_i, 0, pad_o)).mT if pad_i or pad_o else w
@@ -600,9 +619,9 @@ def _sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Tensor, 
 
 @_sort_slots.register_fake
 def _(expert, n_expert):
-    m, on_gpu = len(expert), backend(expert.device) == "Triton"
-    new = lambda *shape: expert.new_empty(shape, dtype=torch.int32 if on_gpu else torch.long)
-    if on_gpu:
+    m, on_triton = len(expert), backend(expert.device) == "Triton"
+    new = lambda *shape: expert.new_empty(shape, dtype=torch.int32 if on_triton else torch.long)
+    if on_triton:
         return new(m), new(m), new(n_expert + 1), new(triton.cdiv(m, block_rows(m, n_expert)) + n_expert, 2)
     return new(padded_rows(m, n_expert)), new(m), new(n_expert + 1), new(n_expert, 4)
 
@@ -694,8 +713,8 @@ def register_flops():
 
 
 # ---------------------------------------------------------------------------------------------------
-# Autograd. The two matmuls take every weight twice: as the parameter, which receives the gradient in
-# its own precision, and as a detached copy in the precision of the matmul (see `cast`).
+# Autograd. _CVMM and _ExpertFFN take every weight twice: as the parameter, which receives the gradient in
+# its own precision, and detached, in the precision of the matmul (see `cast`).
 
 
 class _TopK(torch.autograd.Function):
@@ -760,12 +779,13 @@ class _ExpertFFN(torch.autograd.Function):
 
 
 def topk(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The top_k largest logits and their experts, both [..., top_k], of logits [..., E]. Differentiable in logits."""
+    """The top_k largest logits and their experts (int64), both [..., top_k] and in no particular order, of logits
+    [..., E]. Differentiable in logits."""
     return _TopK.apply(logits, top_k)
 
 
 class Weight(NamedTuple):
-    """Expert matrices [E, I, O] with a copy in the precision of the matmul. Made by `cast`.
+    """Expert matrices [E, I, O], and the same in the precision of the matmul. Made by `cast`.
 
     `low` is detached: only _CVMM and _ExpertFFN read it, which return the gradient to `param`
     themselves; whatever is left to autograd must read `param`.
@@ -776,7 +796,7 @@ class Weight(NamedTuple):
 
 
 def cast(w: Tensor) -> Weight:
-    """Under autocast, the copy of w that the matmuls read.
+    """Under autocast, the copy of w that the matmuls read; else w itself.
 
     Layers that are applied several times per step cast their experts once and hand the copy on;
     autograd would otherwise keep one copy per application. The gradient goes to w, in w's precision.
@@ -786,19 +806,24 @@ def cast(w: Tensor) -> Weight:
     return Weight(w, w.detach().to(dtype))
 
 
+def _is_for(routing: Routing, n_expert: int) -> bool:
+    """Whether a routing is for that many experts; that of few slots does not say."""
+    return routing.offsets.shape[0] in (0, n_expert + 1)
+
+
 def cvmm(x: Tensor, w: Tensor | Weight, routing: Routing, fan_in: int, fan_out: int) -> Tensor:
     """out[s // fan_out] += x[s // fan_in] @ w[expert[s]], differentiable in x and w.
 
-    Args: x [M / fan_in, I]; w [E, I, O]; routing of M slots.
-    Returns [M / fan_out, O] in the precision of the matmul (under autocast, autocast's).
-    Raises ValueError when the shapes do not fit.
+    Args: x [M / fan_in, I]; w [E, I, O]; routing of M slots to E experts.
+    Returns [M / fan_out, O] in the precision of the matmul: that of w or, under autocast, autocast's.
+    Raises ValueError when the shapes do not fit. Has no second derivative.
     """
     w = w if isinstance(w, Weight) else cast(w)
-    m = routing.expert.shape[0]
-    if x.shape[0] * fan_in != m or m % fan_out or x.shape[1] != w.low.shape[1]:
+    (E, n_in, _), m = w.low.shape, routing.expert.shape[0]
+    if x.shape != (m // fan_in, n_in) or m % fan_in or m % fan_out or not _is_for(routing, E):
         raise ValueError(
             f"cvmm: x {tuple(x.shape)} with fan_in {fan_in}, w {tuple(w.low.shape)} and fan_out {fan_out} "
-            f"do not fit {m} slots")
+            f"do not fit {m} slots, or their routing is for another number of experts")
     x = x.to(w.low.dtype)
     if not routing.slot.numel():
         return few_slots_matmul(x, w.param.to(x.dtype), routing.expert, fan_in, fan_out)
@@ -810,16 +835,19 @@ def expert_ffn(
 ) -> Tensor:
     """out[n] = sum over k of gate[n, k] * relu(x[n] @ w_up[e]) @ w_down[e], with e = expert[n*K + k].
 
-    Args: x [N, C]; w_up [E, C, F]; w_down [E, F, C]; gate [N, K] >= 0, float32; routing of N*K slots.
-    Returns [N, C] in the precision of the matmul. Differentiable in x, both weights and gate.
+    Args: x [N, C]; w_up [E, C, F]; w_down [E, F, C]; gate [N, K], float32; routing of N*K slots to E experts. Gates
+    must not be negative; the gradient of a gate of exactly 0 is taken to be 0, as it is for that of a sigmoid's input.
+    Returns [N, C] in the precision of the matmul. Differentiable, once, in x, both weights and gate.
     Raises ValueError when the shapes do not fit.
     """
     w_up, w_down = (w if isinstance(w, Weight) else cast(w) for w in (w_up, w_down))
     (E, C, F_), m = w_up.low.shape, routing.expert.shape[0]
-    if gate.numel() != m or x.shape != (gate.shape[0], C) or w_down.low.shape != (E, F_, C):
+    if (gate.dim() != 2 or gate.numel() != m or x.shape != (gate.shape[0], C) or w_down.low.shape != (E, F_, C)
+            or not _is_for(routing, E)):
         raise ValueError(
             f"expert_ffn: x {tuple(x.shape)}, gate {tuple(gate.shape)}, w_up {(E, C, F_)} and "
-            f"w_down {tuple(w_down.low.shape)} do not fit each other and {m} slots")
+            f"w_down {tuple(w_down.low.shape)} do not fit each other and {m} slots, or their routing is for another "
+            "number of experts")
     x = x.to(w_up.low.dtype)
     if not routing.slot.numel():
         h = few_slots_matmul(x, w_up.param.to(x.dtype), routing.expert, gate.shape[1], 1).relu()
@@ -829,7 +857,7 @@ def expert_ffn(
 
 
 # With few experts per head (J of A chosen), sorting the slots of an attention layer costs more on a CPU
-# than multiplying by all experts: there, gates of 0 stand for the experts that were not chosen.
+# than multiplying by all experts, with a gate of 0 for those that were not chosen.
 ALL_EXPERTS = 4  # up to this A / J
 
 
@@ -849,30 +877,40 @@ def _number(expert: Tensor, n_expert: int) -> Tensor:
     return expert + heads.unsqueeze(1)
 
 
-def expert_values(x: Tensor, w: Tensor | Weight, gate: Tensor, expert: Tensor) -> Tensor:
-    """v[n, h] = sum over j of gate[n, h, j] * x[n] @ w[h, expert[n, h, j]] (SwitchHead, values).
+def _check_heads(name: str, x: Tensor, w: Weight, gate: Tensor, expert: Tensor, fits: bool):
+    if gate.dim() != 3 or expert.shape != gate.shape or w.low.shape[0] % gate.shape[1] or not fits:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, w.low, gate, expert))
+        raise ValueError(f"{name}: inputs, weights, gates and experts of shapes {shapes} do not fit each other")
 
-    Args: x [N, C]; w [H * A, C, D]; gate [N, H, J], float32; expert [N, H, J] in [0, A).
+
+def expert_values(x: Tensor, w: Tensor | Weight, gate: Tensor, expert: Tensor) -> Tensor:
+    """v[n, h] = sum over j of gate[n, h, j] * x[n] @ w[h * A + expert[n, h, j]] (SwitchHead, values).
+
+    Args: x [N, C]; w [H * A, C, D]; gate [N, H, J], float32; expert [N, H, J] in [0, A), distinct for a head.
     Returns [N, H, D] in the precision of the matmul. Differentiable in x, w and gate.
+    Raises ValueError when the shapes do not fit.
     """
     w = w if isinstance(w, Weight) else cast(w)
+    _check_heads("expert_values", x, w, gate, expert, fits=x.shape == (gate.shape[0], w.low.shape[1]))
     N, H, J = gate.shape
     n_expert = w.low.shape[0] // H
     if _multiply_all(x, gate, n_expert):
         v = x.to(w.low.dtype) @ w.param.to(w.low.dtype).transpose(0, 1).flatten(1)   # [N, H * A * D]
-        v = v.view(N, H, n_expert, -1) * _all_gates(gate, expert, n_expert)          # [N, H, A, D]
+        v = v.view(N, H, n_expert, w.low.shape[2]) * _all_gates(gate, expert, n_expert)          # [N, H, A, D]
         return v.sum(2).to(w.low.dtype)
     v = cvmm(x, w, route(_number(expert, n_expert), H * n_expert), H * J, 1)         # [N * H * J, D]
-    return (v.view(N, H, J, -1) * gate.unsqueeze(-1)).sum(2).to(v.dtype)             # [N, H, D]
+    return (v.view(N, H, J, w.low.shape[2]) * gate.unsqueeze(-1)).sum(2).to(v.dtype)             # [N, H, D]
 
 
 def expert_outputs(a: Tensor, w: Tensor | Weight, gate: Tensor, expert: Tensor) -> Tensor:
-    """out[n] = sum over h, j of gate[n, h, j] * a[n, h] @ w[h, expert[n, h, j]] (SwitchHead, outputs).
+    """out[n] = sum over h, j of gate[n, h, j] * a[n, h] @ w[h * A + expert[n, h, j]] (SwitchHead, outputs).
 
-    Args: a [N, H, D]; w [H * A, D, C]; gate [N, H, J], float32; expert [N, H, J] in [0, A).
+    Args: a [N, H, D]; w [H * A, D, C]; gate [N, H, J], float32; expert [N, H, J] in [0, A), distinct for a head.
     Returns [N, C] in the precision of the matmul. Differentiable in a, w and gate.
+    Raises ValueError when the shapes do not fit.
     """
     w = w if isinstance(w, Weight) else cast(w)
+    _check_heads("expert_outputs", a, w, gate, expert, fits=a.shape == (*gate.shape[:2], w.low.shape[1]))
     H, J = gate.shape[1:]
     n_expert = w.low.shape[0] // H
     if _multiply_all(a, gate, n_expert):
@@ -884,7 +922,7 @@ def expert_outputs(a: Tensor, w: Tensor | Weight, gate: Tensor, expert: Tensor) 
 
 # ---------------------------------------------------------------------------------------------------
 # What a GPU could do at best
-#
+
 # Dense bfloat16 / float16 TFLOP/s and memory GB/s from the vendors' data sheets, by part of the name
 PEAKS = {
     "H200": (989, 4800), "H100": (989, 3350), "A100": (312, 2039), "L40S": (362, 864), "RTX 4090": (165, 1008),
@@ -897,7 +935,7 @@ def device_peak(device: torch.device) -> tuple[float, float] | None:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, (tflops, gigabytes) in PEAKS.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):
                 return tflops * 1e12, gigabytes * 1e9
 
 
@@ -985,7 +1023,6 @@ def inspect(compiled) -> dict:
     """What is in the machine code of an NVIDIA kernel: registers, bytes of stack (a spill) and of shared
     memory, tensor-core instructions, asynchronous copies, atomics and reductions."""
     import pathlib
-    import re
     import subprocess
     import tempfile
 
@@ -1075,8 +1112,10 @@ def bench():
     """Time the feedforward of the paper's models, or of smaller ones on a CPU, against what it replaces."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = device_peak(device)
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'no GPU: the PyTorch path on the CPU, at small sizes'}"
-          f", torch {torch.__version__}, path: {backend(device)}")
+    name = "no GPU: the PyTorch path on the CPU, at small sizes"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, path: {backend(device)}")
     if peak:
         print(f"roofline: {peak[0] / 1e12:.0f} TFLOP/s and {peak[1] / 1e9:.0f} GB/s")
     verify(device)
@@ -1095,7 +1134,7 @@ def bench_layer(name, C, F_, E, K, n, dtype, device, rounds, peak):
     print(f"\n{name}: C {C}, F {F_}, E {E}, K {K}, {n} tokens, {str(dtype)[6:]}")
     x, w_up, w_down, gate, expert, dout = random_layer(C, F_, E, K, n, dtype, device)
     inputs = [t.requires_grad_() for t in (x, w_up, w_down, gate)]
-    dense = [t.requires_grad_() for t in (w_up[:K].detach().transpose(0, 1).flatten(1), w_down[:K].detach().flatten(0, 1))]
+    dense = [t.requires_grad_() for t in (w_up[:K].detach().mT.flatten(0, 1).mT, w_down[:K].detach().flatten(0, 1))]
 
     def experts():
         return expert_ffn(*inputs, route(expert, E))
@@ -1138,7 +1177,8 @@ def bench_layer(name, C, F_, E, K, n, dtype, device, rounds, peak):
         t = in_turn({rival: (lambda f=f: run(f)) for rival, f in rivals.items()}, rounds, device)
         ratios = ", ".join(f"{t['experts'] / t[rival]:.2f} x {rival}" for rival in rivals if rival != "experts")
         roof = f", {factor * flops / t['experts'] / peak[0]:.0%} of the FLOP roofline" if peak else ""
-        print(f"{use:20} {t['experts'] * 1e3:8.2f} ms {factor * flops / t['experts'] / 1e12:7.2f} TFLOP/s{roof}; time is {ratios}")
+        print(f"{use:20} {t['experts'] * 1e3:8.2f} ms {factor * flops / t['experts'] / 1e12:7.2f} TFLOP/s{roof}; "
+              f"time is {ratios}")
     if backend(device) != "Triton":
         return
     launches = []
@@ -1150,8 +1190,9 @@ def bench_layer(name, C, F_, E, K, n, dtype, device, rounds, peak):
             seconds = in_turn({"": lambda: kernel[(programs,)](**tensors, **rest)}, rounds, device)[""]
             work = 2 * n * K * C * F_
             roof = max(work / peak[0], n_bytes(tensors) / peak[1]) / seconds if peak else None
-            print(f"  {kernel.__name__:12} {rest.get('EPILOGUE', ''):14} {seconds * 1e3:8.3f} ms {work / seconds / 1e12:6.0f} TFLOP/s "
-                  f"{n_bytes(tensors) / seconds / 1e9:6.0f} GB/s" + (f" {roof:5.0%} of the roofline" if peak else ""))
+            print(f"  {kernel.__name__:12} {rest.get('EPILOGUE', ''):14} {seconds * 1e3:8.3f} ms "
+                  f"{work / seconds / 1e12:6.0f} TFLOP/s {n_bytes(tensors) / seconds / 1e9:6.0f} GB/s"
+                  + (f" {roof:5.0%} of the roofline" if peak else ""))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """MoEUT, the Mixture-of-Experts Universal Transformer (Csordas et al., 2024, arXiv 2405.16039).
 
-A Universal Transformer applies the same layers over and over, so depth costs no parameters; but with
-shared layers a dense model has too few of them. MoEUT buys them back, and makes that work, with three
-ideas:
+A Universal Transformer applies the same layer over and over, so depth costs no parameters: so few are
+left that a dense model would have to be far wider, and slower, to make up for them. MoEUT gets them back
+at little cost, and makes repeated layers work, with three ideas:
 
 1. Mixtures of experts in both halves of a layer: sigma-MoE in the feedforward (arXiv 2310.10837) and
-   SwitchHead in the attention (arXiv 2312.07987). Every token uses a few experts out of many.
-2. Layer grouping: not one layer but a small group of G of them is repeated, ABABAB...
-3. Peri-layernorm: a layernorm stands only where a softmax or sigmoid follows, never in the way of the
-   values. With pre-layernorm a layer sees inputs of one size at every depth, while the residual stream
-   that it adds to grows: what it adds counts less and less, and a shared layer cannot make up for that.
+   SwitchHead in the attention (arXiv 2312.07987). An expert is a small feedforward, or one matrix of an
+   attention head. There are many, and every token uses a few of them, by its own choice.
+2. Layer grouping: not one layer but a small group of G different ones is repeated, ABABAB... Neighbours
+   can then do different parts of one job, and each needs fewer experts.
+3. Peri-layernorm: a layernorm stands only where a softmax or sigmoid follows: before queries and keys,
+   routers and the head. With pre-layernorm a layer sees inputs of one size at every depth, while the
+   residual stream that it adds to grows: what it adds counts less and less, and a shared layer cannot
+   make up for that. Experts that read the stream itself give outputs that grow with it.
 
 The same file holds what the paper compares with: `ffn`, `attention`, `group_size` and `layernorm` in
 the config turn MoEUT into the standard Transformer, the plain Universal Transformer, the sigma-MoE
@@ -17,19 +20,20 @@ Transformer and the SwitchHead Transformer.
 
 Letters in the shape comments, code name and meaning:
 
-    B             batch                       N = B * T tokens
-    T             time, tokens of a sequence
-    C  n_embd     width of the residual stream
-    L  n_layer    layer applications          G  group_size    distinct layers
-    H  n_head     attention heads             D  head_size     width of a head
-    E  n_expert   feedforward experts         K  top_k         ... chosen per token
-    F  expert_size  hidden units of an expert
-    A  n_att_expert experts per head          J  att_top_k     ... chosen per token and head
-    S             keys attended to            P                rotated dimensions of a head
+    B                batch                              T               tokens of a sequence
+    N                B * T, all tokens                  S               keys attended to
+    C  n_embd        width of the residual stream
+    L  n_layer       layer applications                 G  group_size   distinct layers
+    H  n_head        attention heads                    D  head_size    width of a head
+    E  n_expert      feedforward experts                K  top_k        ... chosen per token
+    F  expert_size   hidden units of an expert (F_ in code)
+    A  n_att_expert  experts per head                   J  att_top_k    ... chosen per token and head
+    P                rotated dimensions of a head
 
 A router is a linear map to `logits`, one for each expert; the `scores` are their sigmoids; top-K takes
 the experts with the K largest; the `gate` of a chosen expert is its score, by which its output is
-multiplied. Scores are not normalised. Experts have no capacity limit, so no token is ever dropped.
+multiplied. Scores are not normalised, so that experts do not compete for a share. (Other mixtures of
+experts limit the tokens of an expert and drop the rest; here all are served.)
 
 Not in here: dropout of experts, load balancing beyond the paper's entropy term, sequence packing,
 a tokenizer (see train.py).
@@ -37,6 +41,7 @@ a tokenizer (see train.py).
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Iterator, NamedTuple
 
 import torch
@@ -96,8 +101,10 @@ class MoEUTConfig:
                 "because whole groups are repeated.")
         if self.ffn == "dense" and self.layernorm == "peri":
             raise ValueError(
-                "layernorm is 'peri', which normalises the input of routers, but a dense feedforward has "
-                "none: choose layernorm 'pre'.")
+                "layernorm is 'peri', which would leave the input of a dense feedforward unnormalised: choose "
+                "layernorm 'pre' or 'post'.")
+        if self.head_size < 4:
+            raise ValueError(f"head_size is {self.head_size}: it must be at least 4, of which 2 are rotated.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1.")
 
@@ -111,13 +118,14 @@ class MoEUTConfig:
         `context` is the number of positions attended to, block_size if not given. This is the formula
         of the paper, which does not halve the attention for causality.
         """
-        T, C, HD = context or self.block_size, self.n_embd, self.n_head * self.head_size
-        attention = 2 * HD * T + 2 * C * HD                                      # q k^T, mix of v; q, k
+        T, C, HD = self.block_size if context is None else context, self.n_embd, self.n_head * self.head_size
+        attention = 2 * HD * T                                                   # q k^T; weights times v
+        attention += 2 * C * HD                                                  # to q, k
         if self.attention == "moe":
-            attention += 2 * self.att_top_k * HD * (C + 1)                       # v, o and their gates
-            attention += 2 * self.n_head * self.n_att_expert * C                 # two routers
+            attention += 2 * self.att_top_k * HD * (C + 1)                       # to v, o; their gates
+            attention += 2 * self.n_head * self.n_att_expert * C                 # routers
         else:
-            attention += 2 * C * HD                                              # v, o
+            attention += 2 * C * HD                                              # to v, o
         if self.ffn == "moe":
             ffn = self.top_k * self.expert_size * (2 * C + 1) + self.n_expert * C
         else:
@@ -125,11 +133,14 @@ class MoEUTConfig:
         return self.n_layer * (attention + ffn)
 
     def idle_params(self) -> int:
-        """Parameters of the experts that a token does not choose in a layer; a repeated layer counts once."""
-        ffn = 2 * (self.n_expert - self.top_k) * self.n_embd * self.expert_size * (self.ffn == "moe")
-        heads = self.n_head * self.head_size * self.n_embd
-        attention = 2 * (self.n_att_expert - self.att_top_k) * heads * (self.attention == "moe")
-        return self.group_size * (ffn + attention)
+        """Parameters of the experts that a token does not choose in one application of each distinct layer.
+        (In the next one it may choose others.)"""
+        idle = 0
+        if self.attention == "moe":
+            idle += 2 * (self.n_att_expert - self.att_top_k) * self.n_head * self.head_size * self.n_embd
+        if self.ffn == "moe":
+            idle += 2 * (self.n_expert - self.top_k) * self.expert_size * self.n_embd
+        return self.group_size * idle
 
     def estimate_flops(self) -> int:
         """Floating point operations per token of one training step: 2 per MAC, forward once and
@@ -142,6 +153,7 @@ def _moeut(C, L, G, H, D, E, K, A):
                 n_att_expert=A, att_top_k=2, vocab_size=8000, block_size=1024)
 
 
+# The standard Transformer, which the paper compares with
 TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")
 
 
@@ -151,8 +163,8 @@ def _dense(C, L, H, D, hidden):
 
 
 PRESETS = {
-    # Made for two CPU cores: the five architectures with the same number of parameters. The Universal
-    # Transformer gets them by its width: at the same width its feedforward would be 36 times as wide as the stream.
+    # Made for two CPU cores: the five architectures with the same number of parameters, within 0.5%. The Universal
+    # Transformer gets them by its width, 150: at width 64 its one feedforward would need 36 * 64 hidden units.
     "tiny": dict(),  # MoEUT: the defaults above
     "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=481),
     "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=150, head_size=37, ffn_size=600),
@@ -200,21 +212,26 @@ def preset(name: str, **changes) -> MoEUTConfig:
 
 
 class KVCache:
-    """Keys and values of all past tokens, one entry per layer *application*: a layer that is repeated
-    three times sees three different inputs. Preallocated for `capacity` tokens."""
+    """Keys and values of all past tokens, preallocated for `capacity` of them. Not to be used where gradients are.
+
+    One entry per layer *application*: a layer that is repeated three times sees three different inputs. So repeating
+    layers makes the cache no smaller; having fewer heads does. dtype must be that of the keys and values.
+    """
 
     def __init__(self, config: MoEUTConfig, batch: int, capacity: int, device=None, dtype=None):
         shape = (2, config.n_layer, batch, config.n_head, capacity, config.head_size)
         self.kv = torch.empty(shape, device=device, dtype=dtype)                 # [2, L, B, H, capacity, D]
         self.capacity = capacity
-        self.length = 0  # tokens stored; the model moves it on after the last layer
+        self.length = 0  # tokens stored; MoEUT.forward adds the new ones when all layers have appended theirs
 
     def append(self, application: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, H, T, D] of the new tokens; return those of all tokens so far."""
         end = self.length + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"KVCache: {end} tokens do not fit, capacity is {self.capacity}.")
-        keys, values = self.kv[0, application], self.kv[1, application]
+        keys, values = self.kv[0, application], self.kv[1, application]          # [B, H, capacity, D] both
+        if len(k) != len(keys):
+            raise ValueError(f"KVCache: it was made for a batch of {len(keys)}, not {len(k)}.")
         keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 
@@ -226,8 +243,8 @@ def rotary_table(head_size: int, start: int, stop: int, device) -> tuple[Tensor,
     product depends on the distance only. The first P dimensions of a head are rotated: half of them,
     rounded down to an even number; the base is 10000.
     """
-    rotated = head_size // 2 // 2 * 2
-    frequency = 10000 ** -(torch.arange(0, rotated, 2, device=device) / max(rotated, 1))  # [P/2]
+    rotated = head_size // 4 * 2                                                          # P
+    frequency = 10000 ** -(torch.arange(0, rotated, 2, device=device) / rotated)          # [P/2]
     angle = torch.arange(start, stop, device=device).unsqueeze(1) * frequency             # [T, P/2]
     return angle.cos(), angle.sin()
 
@@ -243,19 +260,19 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention. q [B, H, T, D]; k, v [B, H, S, D] with S >= T: queries are the last T positions."""
     T, S = q.shape[2], k.shape[2]
-    if T == 1 or T == S:  # a single query sees everything; is_causal keeps a full square on the flash path
+    if T == 1 or T == S:  # one query sees all keys; else is_causal, which allows a faster kernel than a mask
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Router(nn.Linear):
-    """Logits of all experts, in float32 at least, also under autocast: in bfloat16 half of the tokens have a
-    tie at the top-K cut."""
+    """Logits of all experts, [..., C] -> [..., n_choice * n_expert]: n_choice routers in one matrix. In float32 at
+    least, also under autocast: in bfloat16 half of the tokens have a tie at the top-K cut."""
 
     def __init__(self, n_embd: int, n_expert: int, top_k: int, n_choice: int = 1):
         super().__init__(n_embd, n_choice * n_expert, bias=False)
-        self.top_k, self.n_choice = top_k, n_choice  # for who watches the routing, as train.py does
+        self.top_k, self.n_choice = top_k, n_choice  # read by train.py, which reports on the routing
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -273,8 +290,8 @@ def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def usage(logits: Tensor) -> Tensor:
-    """Mean probability of each expert over time: [B, T, ..., E] -> [B, ..., E]. Counts of choices would have no
-    gradient, so a softmax over all experts stands for them, although the gate is a sigmoid."""
+    """How much each expert is used over time: [B, T, ..., experts] -> [B, ..., experts]. Counts of choices have no
+    gradient; the mean probability under a softmax stands for them, although the gate is a sigmoid."""
     return logits.softmax(-1).mean(1)
 
 
@@ -289,13 +306,13 @@ def negative_entropy(p: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 # Feedforward
 #
-# x is what experts (in attention: values) transform; n is what routers, queries and keys read. Without
-# peri-layernorm they are the same. `cast_weights` gives the expert weights in the precision of the matmuls;
-# the model calls it once per step and hands them back as `weights`.
+# x is what is transformed, by the feedforward or into values; n is what routers, queries and keys read. Only with
+# peri-layernorm they differ: n = LN(x). `cast_weights` gives the expert weights in the precision of the matmuls;
+# the model calls it once per step and hands them on as `weights`, or autograd would keep a copy for every repeat.
 
 
 class DenseFFN(nn.Module):
-    """relu(x W1 + b1) W2 + b2"""
+    """relu(x W_up + b_up) W_down + b_down"""
 
     def __init__(self, c: MoEUTConfig):
         super().__init__()
@@ -311,11 +328,12 @@ class DenseFFN(nn.Module):
         return ()
 
     def forward(self, x: Tensor, n: Tensor, weights) -> tuple[Tensor, None]:
+        """x [B, T, C] -> [B, T, C], and no logits."""
         return self.down(self.up(x).relu()), None
 
 
 class SigmaMoE(nn.Module):
-    """sum over the top-K experts e of s[e] * relu(x W_up[e]) W_down[e], with s = sigmoid(n W_s)."""
+    """sum over the top-K experts e of gate[e] * relu(x W_up[e]) W_down[e], with gate = sigmoid(n W_router)."""
 
     def __init__(self, c: MoEUTConfig):
         super().__init__()
@@ -328,7 +346,7 @@ class SigmaMoE(nn.Module):
         E, C, F_ = self.w_up.shape
         nn.init.normal_(self.router.weight, std=scale / math.sqrt(C))
         nn.init.normal_(self.w_up, std=scale / math.sqrt(C))
-        nn.init.normal_(self.w_down, std=scale / math.sqrt(E * F_))  # all experts, not only the K chosen
+        nn.init.normal_(self.w_down, std=scale / math.sqrt(E * F_))  # E, not K: as in the paper's code
 
     def cast_weights(self) -> tuple[Weight, Weight]:
         return cast(self.w_up), cast(self.w_down)
@@ -337,7 +355,7 @@ class SigmaMoE(nn.Module):
         """x, n [B, T, C]: what the experts and what the router see. Returns [B, T, C] and logits."""
         logits = self.router(n)                                                  # [B, T, E]
         gate, expert = choose(logits.flatten(0, 1), self.top_k)                  # [N, K] both
-        routing = route(expert, logits.shape[-1])
+        routing = route(expert, logits.shape[-1])  # sorts the tokens by expert, once for both matmuls
         out = expert_ffn(x.flatten(0, 1), *weights, gate, routing)               # [N, C]
         return out.view_as(x), logits
 
@@ -371,19 +389,22 @@ class DenseAttention(nn.Module):
         return rotate(qk.permute(2, 0, 3, 1, 4), rotary)                         # [2, B, H, T, D]
 
     def forward(self, x: Tensor, n: Tensor, weights, rotary, remember) -> tuple[Tensor, None]:
+        """x, n [B, T, C]: what the values and what queries and keys are made of. Returns [B, T, C] and no logits."""
         q, k = self.queries_and_keys(n, rotary)                                  # [B, H, T, D] both
-        v = self.v(x).unflatten(-1, (self.n_head, self.head_size)).transpose(1, 2)
-        out = attend(q, *remember(k, v))                                         # [B, H, T, D]
-        return self.o(out.transpose(1, 2).flatten(2)), None
+        v = self.v(x).unflatten(-1, (self.n_head, self.head_size))               # [B, T, H, D]
+        k, v = remember(k, v.transpose(1, 2))                                    # [B, H, S, D] both
+        a = attend(q, k, v)                                                      # [B, H, T, D]
+        return self.o(a.transpose(1, 2).flatten(2)), None
 
 
 class SwitchHead(DenseAttention):
     """Attention with dense queries and keys, and with A experts per head for values and outputs:
 
-        v_h = sum over top-J e of s_v[h, e] * x W_v[h, e]          (scores of the token attended to)
-        a_h = softmax(q_h k_h^T / sqrt(D)) v_h                     (causal)
-        out = sum_h sum over top-J e of s_o[h, e] * a_h W_o[h, e]  (scores of the token that attends)
+        v_h = sum over top-J e of gate_v[h, e] * x W_v[h, e]          (gates of the token attended to)
+        a_h = softmax(q_h k_h^T / sqrt(D)) v_h                        (causal)
+        out = sum_h sum over top-J e of gate_o[h, e] * a_h W_o[h, e]  (gates of the token that attends)
 
+    One attention matrix serves all experts of a head, so that a few heads can have the parameters of many.
     Expert e of head h is matrix h * A + e of w_v and w_o.
     """
 
@@ -392,7 +413,7 @@ class SwitchHead(DenseAttention):
         self.n_head, self.head_size = c.n_head, c.head_size
         self.n_expert, self.top_k = c.n_att_expert, c.att_top_k
         self.qk = nn.Linear(c.n_embd, 2 * c.n_head * c.head_size, bias=False)
-        self.router = Router(c.n_embd, c.n_att_expert, c.att_top_k, n_choice=2 * c.n_head)  # values, outputs
+        self.router = Router(c.n_embd, c.n_att_expert, c.att_top_k, n_choice=2 * c.n_head)  # per head: values, outputs
         self.w_v = nn.Parameter(torch.empty(c.n_head * c.n_att_expert, c.n_embd, c.head_size))
         self.w_o = nn.Parameter(torch.empty(c.n_head * c.n_att_expert, c.head_size, c.n_embd))
 
@@ -407,7 +428,7 @@ class SwitchHead(DenseAttention):
     def forward(self, x: Tensor, n: Tensor, weights, rotary, remember) -> tuple[Tensor, Tensor]:
         """x, n [B, T, C]: what the value experts see, and what q, k and the routers see.
 
-        Returns [B, T, C] and the logits [B, T, 2, H, A] of both routers.
+        Returns [B, T, C] and the logits [B, T, 2, H, A] of the routers for values and for outputs.
         """
         (B, T, _), H, J = x.shape, self.n_head, self.top_k
         w_v, w_o = weights
@@ -418,9 +439,9 @@ class SwitchHead(DenseAttention):
 
         q, k = self.queries_and_keys(n, rotary)                                  # [B, H, T, D] both
         v = expert_values(x.flatten(0, 1), w_v, gate_v, expert_v)                # [N, H, D]
-        a = attend(q, *remember(k, v.view(B, T, H, -1).transpose(1, 2)))         # [B, H, T, D]
-        a = a.transpose(1, 2).flatten(0, 1)                                      # [N, H, D]
-        out = expert_outputs(a, w_o, gate_o, expert_o)                           # [N, C]
+        k, v = remember(k, v.view(B, T, H, -1).transpose(1, 2))                  # [B, H, S, D] both
+        a = attend(q, k, v).transpose(1, 2)                                      # [B, T, H, D]
+        out = expert_outputs(a.flatten(0, 1), w_o, gate_o, expert_o)             # [N, C]
         return out.view_as(x), logits
 
 
@@ -445,29 +466,31 @@ class Layer(nn.Module):
         return self.attention.cast_weights(), self.ffn.cast_weights()
 
     def forward(self, x: Tensor, weights, rotary, remember=lambda k, v: (k, v)):
-        """x [B, T, C] -> [B, T, C], and the usage of attention and feedforward experts (or None)."""
+        """x [B, T, C] -> [B, T, C], and the usage of attention and of feedforward experts: [B, 2, H, A] and [B, E],
+        None where there are none and in evaluation."""
+        att_weights, ffn_weights = weights
         if self.layernorm == "post":
-            y, att_logits = self.attention(x, x, weights[0], rotary, remember)
+            y, att_logits = self.attention(x, x, att_weights, rotary, remember)
             x = self.ln1(x + self.dropout(y))
-            y, ffn_logits = self.ffn(x, x, weights[1])
+            y, ffn_logits = self.ffn(x, x, ffn_weights)
             x = self.ln2(x + self.dropout(y))
         else:
-            # Peri: only what goes into a softmax or sigmoid is normalised (n), values are not (x).
+            # Peri: only what goes into a softmax or sigmoid is normalised (n); what is transformed is not (x).
             n = self.ln1(x)
-            y, att_logits = self.attention(x if self.layernorm == "peri" else n, n, weights[0], rotary, remember)
+            y, att_logits = self.attention(x if self.layernorm == "peri" else n, n, att_weights, rotary, remember)
             x = x + self.dropout(y)
             n = self.ln2(x)
-            y, ffn_logits = self.ffn(x if self.layernorm == "peri" else n, n, weights[1])
+            y, ffn_logits = self.ffn(x if self.layernorm == "peri" else n, n, ffn_weights)
             x = x + self.dropout(y)
-        if not self.training:
-            return x, None, None
-        return x, *(None if logits is None else usage(logits) for logits in (att_logits, ffn_logits))
+        att_usage = usage(att_logits) if self.training and att_logits is not None else None
+        ffn_usage = usage(ffn_logits) if self.training and ffn_logits is not None else None
+        return x, att_usage, ffn_usage
 
 
 class Output(NamedTuple):
     logits: Tensor  # [B, T, vocab_size]
     loss: Tensor | None  # cross entropy in nats per token; None without targets
-    reg: Tensor  # weighted entropy regulariser, to be added to the loss; 0 in evaluation
+    reg: Tensor  # weighted entropy regulariser, to be added to the loss; 0 in evaluation and with a cache
 
 
 class MoEUT(nn.Module):
@@ -480,14 +503,14 @@ class MoEUT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.group_size))
         self.ln = nn.Identity() if config.layernorm == "post" else nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)  # with a bias, not tied to the embedding
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """Normal with standard deviation sqrt(2 / L) / sqrt(fan in), L counting applications; the fan in
         of w_down is E * F and that of w_o is H * D, as in the paper's code. The embedding has 1 / sqrt(C);
-        layernorms 1 and 0; the head is PyTorch's default."""
+        layernorms and head stay as PyTorch made them."""
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(self.config.n_embd))
         for layer in self.layers:
             layer.attention.init_weights(math.sqrt(2 / self.config.n_layer))
@@ -499,7 +522,8 @@ class MoEUT(nn.Module):
         RobertCsordas/moeut), or of the model in their training code (.../moeut_training_code).
 
         Args: its state_dict(); the config, whose sizes must be those of the weights.
-        Raises ValueError when names or shapes do not fit.
+        Raises ValueError when names or shapes do not fit. Shapes do not tell n_layer, top_k, att_top_k and layernorm:
+        those must be right in the config.
         """
         training = "output.weight" in state_dict
         layer, head = ("unique_layers.{}.", "output") if training else ("transformer.layers.{}.", "lm_head")
@@ -510,15 +534,18 @@ class MoEUT(nn.Module):
             for g in range(config.group_size):
                 for new, old in names.items():
                     ours[f"layers.{g}.{new}"] = torch.cat([theirs.pop(layer.format(g) + name) for name in old.split()])
-            for new, old in {"embedding": "embedding", "ln": "out_norm", "head": head}.items():
-                for kind in ("weight",) if new == "embedding" else ("weight", "bias"):
-                    ours[f"{new}.{kind}"] = theirs.pop(f"{old}.{kind}")
+            for new, old in {"embedding.weight": "embedding.weight", "ln.weight": "out_norm.weight",
+                             "ln.bias": "out_norm.bias", "head.weight": head + ".weight",
+                             "head.bias": head + ".bias"}.items():
+                ours[new] = theirs.pop(old)
             model = cls(config)
             model.load_state_dict(ours)
         except KeyError as e:
-            raise ValueError(f"These are not weights of the authors' MoEUT with this group_size: {e} is missing.") from None
+            raise ValueError(
+                f"These are not weights of the authors' MoEUT with this group_size: {e} is missing.") from None
         except RuntimeError as e:
-            raise ValueError(f"The config does not fit the authors' weights: {str(e).splitlines()[-1].strip()}") from None
+            raise ValueError(
+                f"The config does not fit the authors' weights: {str(e).splitlines()[-1].strip()}") from None
         if theirs:
             raise ValueError(f"The authors' weights hold more than this config has room for: {next(iter(theirs))}.")
         return model
@@ -529,7 +556,7 @@ class MoEUT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Output:
         """idx, targets [B, T] of token ids; a target of -1 is ignored. With a cache, idx continues the
         tokens in it. Any length works; positions beyond block_size were never trained."""
-        start = cache.length if cache else 0
+        start = 0 if cache is None else cache.length
         rotary = rotary_table(self.config.head_size, start, start + idx.shape[1], idx.device)
         weights = [layer.cast_weights() for layer in self.layers]  # once per step, not once per repeat
         att_usage = [[] for _ in self.layers]
@@ -538,9 +565,9 @@ class MoEUT(nn.Module):
         x = self.embedding(idx)                                                  # [B, T, C]
         for repeat in range(self.config.n_repeat):
             for g, layer in enumerate(self.layers):
-                if cache:
+                if cache is not None:
                     application = repeat * self.config.group_size + g
-                    x, *_ = layer(x, weights[g], rotary, lambda k, v: cache.append(application, k, v))
+                    x, *_ = layer(x, weights[g], rotary, partial(cache.append, application))
                     continue
                 if self.recompute and torch.is_grad_enabled():
                     x, att, ffn = checkpoint(layer, x, weights[g], rotary, use_reentrant=False)
@@ -548,24 +575,24 @@ class MoEUT(nn.Module):
                     x, att, ffn = layer(x, weights[g], rotary)
                 att_usage[g].append(att)
                 ffn_usage[g].append(ffn)
-        if cache:
+        if cache is not None:
             cache.length += idx.shape[1]
 
         logits = self.head(self.ln(x))                                           # [B, T, vocab_size]
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return Output(logits, loss, self.regulariser(att_usage, ffn_usage, logits))
+        return Output(logits, loss, self.regulariser(att_usage, ffn_usage, idx.device))
 
-    def regulariser(self, att_usage, ffn_usage, like: Tensor) -> Tensor:
+    def regulariser(self, att_usage, ffn_usage, device) -> Tensor:
         """Sum over the layers of the weighted negative entropy of expert usage, over all repeats and time
         steps of a sequence together; the more evenly the experts are used, the lower. Without it a few
         experts could win every token, and the others would never learn."""
-        total = like.new_zeros((), dtype=torch.float32)
+        total = torch.zeros((), device=device)
         for att, ffn in zip(att_usage, ffn_usage):  # of all repeats of one layer
             if att and att[0] is not None:                                       # [B, 2, H, A] each
-                entropy = negative_entropy(torch.stack(att).mean(0))             # [B, 2, H]
-                total = total + self.config.att_reg * entropy.mean((0, 2)).sum()  # sum of v and o routers
+                evenness = negative_entropy(torch.stack(att).mean(0))            # [B, 2, H]
+                total = total + self.config.att_reg * evenness.mean((0, 2)).sum()  # mean over heads, sum of v and o
             if ffn and ffn[0] is not None:                                       # [B, E] each
                 total = total + self.config.ffn_reg * negative_entropy(torch.stack(ffn).mean(0)).mean()
         return total
@@ -577,13 +604,18 @@ class MoEUT(nn.Module):
     ) -> Iterator[Tensor]:
         """Continue idx [B, T], T >= 1; yields the next token of every sequence, [B], max_new_tokens times.
 
-        temperature 0 takes the most likely token. top_k keeps the k most likely tokens, top_p the
-        fewest that make up that probability. When the text is longer than the training context
-        (block_size), the newest half of the context is kept and the rest forgotten. Call eval() first.
+        temperature 0 takes the most likely token. top_k keeps the k most likely tokens (not experts), top_p the
+        fewest that make up that probability. Only the newest block_size tokens of a prompt are read; whenever
+        the context is full, its newest half is read again and the rest forgotten. Call eval() first.
+        Raises ValueError for a temperature, top_k or top_p that makes no sense.
         """
+        if not temperature >= 0 or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(
+                f"temperature is {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least 0, top_k at "
+                "least 1, top_p above 0 and at most 1.")
         window = self.config.block_size
         cache = KVCache(self.config, len(idx), window, idx.device, self.head.weight.dtype)
-        fresh = idx[:, -window:]
+        fresh = idx[:, -window:]  # tokens that are not in the cache yet
         for _ in range(max_new_tokens):
             if cache.length + fresh.shape[1] > window:
                 cache.length, fresh = 0, idx[:, -max(window // 2, 1):]
@@ -606,7 +638,7 @@ def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) ->
 
 
 # ---------------------------------------------------------------------------------------------------
-# Names in the authors' code, and the table of presets
+# Names in the authors' code, and the printed table of presets
 
 # Our names of a layer's parameters -> those of their clean repository; two of theirs are concatenated
 OFFICIAL_NAMES = {
@@ -637,11 +669,12 @@ def print_presets():
     for name in PRESETS:
         config, dense = preset(name), preset(dense_counterpart(name))
         n_params, macs = count_params(config), config.macs_per_token()
-        kv = 2 * config.n_layer * config.n_head * config.head_size * 2
+        kv = 2 * config.n_layer * config.n_head * config.head_size * 2  # keys and values, of two bytes
         print(f"{name:16} {n_params:13,} {n_params - config.idle_params():13,} {macs:13,} "
               f"{macs / dense.macs_per_token():7.2f} {kv:11,}")
-    print("\nactive: without the experts that a token does not choose in a layer. MACs: multiply-accumulates of the forward\n"
-          "pass at the training context, embedding and head left out. KV cache: bytes per token in 16 bits.")
+    print("""
+active: without the experts that a token does not choose in one pass of the group. MACs: multiply-accumulates of
+the forward pass at the training context, embedding and head left out. KV cache: bytes per token in 16 bits.""")
 
 
 if __name__ == "__main__":

@@ -191,6 +191,24 @@ def test_expert_ffn_sizes(N, C, n_hidden, E, K, device, always_sort):
     close(output_and_grads(ffn(expert, E), *inputs), output_and_grads(ffn_reference(expert), *inputs))
 
 
+PATHS = ["PyTorch", pytest.param("Triton", marks=pytest.mark.skipif(cvmm.triton is None, reason="needs triton"))]
+
+
+@pytest.mark.parametrize("force", PATHS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.filterwarnings("ignore:invalid value")  # Triton's interpreter computes with numpy
+def test_bad_numbers_stay_with_their_token_and_expert(bad, force, monkeypatch, always_sort):
+    monkeypatch.setattr(cvmm, "force", force)
+    x, w_up, w_down, logits, expert = ffn_inputs(DEVICES[-1] if force == "Triton" else CPU, N=200, K=1)
+    x[0], w_up = bad, w_up.abs()
+    expert[0] = 5
+    out, dx, *dws, _ = output_and_grads(ffn(expert, 7), x, w_up, w_down, logits)
+    assert not out[0].isfinite().any() and out[1:].isfinite().all() and dx[1:].isfinite().all()
+    for dw in dws:
+        others = torch.arange(7, device=dw.device) != 5
+        assert not dw[5].isfinite().any() and dw[others].isfinite().all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_gates_at_the_ends_of_the_sigmoid(device, path):
     """The backward pass divides by the gate, which may be exactly 0 or nearly so."""
@@ -268,6 +286,21 @@ def everything(device, small=False):
         "expert_values": (lambda x, w, gate: cvmm.expert_values(x, w, gate, expert), xa, w_v, gate),
         "expert_outputs": (lambda a, w, gate: cvmm.expert_outputs(a, w, gate, expert), a, w_o, gate),
     }
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_tokens(name, path):
+    f, *inputs = everything(CPU)[name]
+    if name == "cvmm":
+        f = lambda x, w: cvmm.cvmm(x, w, cvmm.route(torch.empty(0, dtype=torch.long), len(w)), 3, 1)
+    elif name == "expert_ffn":
+        f = ffn(torch.empty(0, dtype=torch.long), 7)
+    else:
+        g, empty = getattr(cvmm, name), attention_inputs(CPU)[-1][:0]
+        f = lambda x, w, gate: g(x, w, gate, empty)
+    inputs = [t if t.dim() == 3 and len(t) in (7, 11, 15) else t[:0] for t in inputs]
+    out, *grads = output_and_grads(f, *inputs)
+    assert len(out) == 0 and all(g.shape == t.shape and not g.any() for g, t in zip(grads, inputs, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -354,6 +387,44 @@ def test_bad_shapes(path):
                  (x, w_up, w_down, gate[:-1]), (x, w_up, w_down[:, :-1], gate), (x, w_up, w_down[:-1], gate)):
         with pytest.raises(ValueError, match="expert_ffn"):
             cvmm.expert_ffn(*args, r)
+    xa, a, w_v, w_o, gate, expert = attention_inputs(CPU)
+    for args in ((xa[:-1], w_v, gate, expert), (xa, w_v[:-1], gate, expert), (xa, w_v, gate, expert[:, :, :1])):
+        with pytest.raises(ValueError, match="expert_values"):
+            cvmm.expert_values(*args)
+    for args in ((a[:-1], w_o, gate, expert), (a, w_o[:, :-1], gate, expert), (a, w_o, gate[:-1], expert)):
+        with pytest.raises(ValueError, match="expert_outputs"):
+            cvmm.expert_outputs(*args)
+
+
+def test_bad_routing(always_sort):
+    x, w, expert = slots((3, 1), "random", CPU)
+    with pytest.raises(ValueError, match="another number of experts"):
+        cvmm.cvmm(x, w, cvmm.route(expert, 12), 3, 1)
+    *_, logits, expert = inputs = ffn_inputs()
+    with pytest.raises(ValueError, match="another number of experts"):
+        cvmm.expert_ffn(*inputs[:4], cvmm.route(expert, 8))
+    with pytest.raises(TypeError, match="integers"):
+        cvmm.route(expert.float(), 7)
+    with pytest.raises(ValueError, match="16 bits"):
+        cvmm.route(expert, 2**15)
+
+
+@pytest.mark.skipif(cvmm.triton is None, reason="needs triton")
+def test_no_float64_kernels(kernels):
+    x, w, expert = slots((3, 1), "random", KERNEL_DEVICE)
+    with pytest.raises(TypeError, match="float64"):
+        cvmm.cvmm(x.double(), w.double(), cvmm.route(expert, 11), 3, 1)
+
+
+def test_kernels_follow_the_switch_for_tf32(monkeypatch):
+    monkeypatch.setattr(cvmm, "INTERPRETED", False)
+    x, before = torch.empty(1), torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            assert cvmm.number_format(x)["PRECISION"] == precision
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -378,7 +449,11 @@ def check_custom_op(name, device):
         "ffn": (ffn_x, w_up, w_down, gate, *ffn_r),
         "ffn_backward": (torch.randn_like(ffn_x), ffn_x, h, w_up, w_down, gate, *ffn_r),
     }
-    torch.library.opcheck(getattr(torch.ops.moeut, name).default, args[name])
+    op = getattr(torch.ops.moeut, name).default
+    torch.library.opcheck(op, args[name])
+    if name in ("matmul", "ffn", "ffn_backward"):  # also with weights that are transposed in memory
+        weights = {id(w): w.mT.contiguous().mT for w in (w, w_up, w_down)}
+        torch.library.opcheck(op, tuple(weights.get(id(t), t) for t in args[name]))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -647,7 +722,7 @@ def test_sizes_are_positive(field):
     ("n_layer", dict(n_layer=5)), ("group_size", dict(group_size=5)), ("top_k", dict(top_k=17)),
     ("att_top_k", dict(att_top_k=5)), ("ffn", dict(ffn="sparse")), ("attention", dict(attention="linear")),
     ("layernorm", dict(layernorm="none")), ("layernorm", dict(ffn="dense")), ("dropout", dict(dropout=1.0)),
-    ("dropout", dict(dropout=-0.1)),
+    ("dropout", dict(dropout=-0.1)), ("head_size", dict(head_size=3)),
 ])
 def test_invalid_config(field, changes):
     with pytest.raises(ValueError, match=field):
@@ -790,6 +865,14 @@ def test_cache(changes, chunks):
     close([logits], [model(idx).logits])
     with pytest.raises(ValueError, match="capacity"):
         model(idx[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="batch of 1"):
+        model(idx, cache=KVCache(model.config, 1, 40, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)], ids=str)
+def test_generate_refuses(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        next(make(tiny()).eval().generate(tokens(1, 4), 1, **bad))
 
 
 def test_all_experts_with_gate_one_are_a_dense_ffn():
