@@ -46,6 +46,8 @@ has I inputs and O outputs.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import os
 import re
 import statistics
@@ -91,15 +93,15 @@ def cvmm_definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: 
 class Routing(NamedTuple):
     """Which slots belong to which expert. Made by `route`, shared by all matmuls of one decision.
 
-    On the PyTorch path there are R >= M rows: some are padding, see below. Few slots are not sorted;
-    all but `expert` are empty then.
+    On the PyTorch path there are R >= M rows, some of which are padding, and the experts stand in another
+    order, see below. Few slots are not sorted; all but `expert` are empty then.
     """
 
     expert: Tensor  # [M] the expert of each slot
     slot: Tensor  # [R] the slot of each row, in the order of experts
     row: Tensor  # [M] the row of each slot: the inverse of `slot`
-    offsets: Tensor  # [E + 1] where the rows of each expert begin
-    table: Tensor  # the work list: groups of experts for PyTorch, tiles of rows for Triton
+    offsets: Tensor  # [E + 1] where the rows of each expert begin, and where all end
+    table: Tensor  # the work list: experts by size for PyTorch, tiles of rows for Triton
 
 
 FEW_SLOTS = 64  # decoding, without gradients: up to here sorting costs more than it saves
@@ -147,103 +149,132 @@ def few_slots_matmul(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The PyTorch path: batched matmuls over consecutive experts
+# The PyTorch path: batched matmuls over experts with equally many rows
 #
-# One small matmul uses two cores badly, several at once use them well. Consecutive experts are therefore taken
-# together in one bmm, each padded to as many rows as the longest of them. A group grows by two experts at a time
-# as long as its padding stays small; the others stay alone. Padding rows repeat a slot of their expert, with gate 0.
+# One small matmul uses two cores badly, several at once use them well. The experts are therefore ordered by their
+# numbers of slots; up to 16 neighbours, padded to as many rows as the first of them, are multiplied in one bmm. All
+# that one such group needs stays in the cache: its rows of x, a copy of its matrices, and its outputs, which are
+# added to the result at once. Padding rows repeat a slot of their expert, with gate 0.
 #
 # The rows of an expert are a multiple of 8, because oneDNN, which multiplies bfloat16, compiles new code for
 # every size that it meets: a millisecond, five times as long as the matmul itself.
 
 ROW_STEP = 8
-MAX_PADDING = 1.125  # a group has at most this many times the rows of its experts alone
-GROUP_EXPERTS = 8  # at most; more are no faster and fall out of the cache
+SMALLEST = 7 / 8  # an expert of a group has at least this many times the rows of the first, which limits the padding
+GROUP_EXPERTS = 16  # at most; more fall out of the cache
 
 
 def torch_sort_slots(expert: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """slot, row, offsets, and the groups: [E, 4] of first expert, experts, first row, rows per expert; then -1."""
+    """slot, row, offsets, and the work list: [E, 2] of expert and its rows, in falling order."""
     # The sort is stable, so that sums run in a fixed order and the rows of an expert ascend.
     ids = expert.cpu().numpy().astype(np.uint16)  # numpy sorts 16 bits by radix, 15 times faster than torch
     order, counts = ids.argsort(kind="stable"), np.bincount(ids, minlength=n_expert)
-    begins = counts.cumsum() - counts  # of each expert, without padding
-    size = (-(-counts // ROW_STEP) * ROW_STEP).tolist()
-    groups, starts, first, first_row = [], [], 0, 0
-    while first < n_expert:
-        n, rows = 1, size[first]
-        for more in range(2, min(GROUP_EXPERTS, n_expert - first) + 1, 2):
-            members = size[first:first + more]
-            if more * max(members) > MAX_PADDING * sum(members):
-                break
-            n, rows = more, max(members)
-        groups.append((first, n, first_row, rows))
-        starts += range(first_row, first_row + n * rows, rows) if rows else [first_row] * n
-        first, first_row = first + n, first_row + n * rows
-    offsets, used = np.array([*starts, first_row]), counts > 0
-    # The r-th of the sorted slots moves down by all padding that precedes its expert.
+    by_count = np.argsort(-counts, kind="stable")
+    sizes, size, members = [], 0, GROUP_EXPERTS
+    for count in counts[by_count].tolist():
+        if members == GROUP_EXPERTS or count < SMALLEST * size:  # begin a group
+            size, members = -(-count // ROW_STEP) * ROW_STEP, 0
+        members += 1
+        sizes.append(size)
+    ends = np.cumsum(sizes)
+    offsets = np.append(np.empty(n_expert, np.int64), ends[-1])
+    offsets[by_count] = ends - sizes
+    # The r-th of the sorted slots moves from where its expert would begin without padding and without that order.
+    begins, chosen = counts.cumsum() - counts, by_count[: np.count_nonzero(counts)]
     moved = np.arange(len(ids)) + np.repeat(offsets[:-1] - begins, counts)
     slot, row = np.zeros(padded_rows(len(ids), n_expert), np.int64), np.empty(len(ids), np.int64)
-    slot[:offsets[-1]] = np.repeat(order[begins[used]], np.diff(offsets)[used])  # what padding repeats
+    slot[: ends[-1]] = np.repeat(order[begins[chosen]], sizes[: len(chosen)])  # what padding repeats
     slot[moved], row[order] = order, moved
-    table = np.full((n_expert, 4), -1)
-    table[: len(groups)] = groups
+    table = np.stack((by_count, sizes), axis=1)
     return tuple(torch.from_numpy(t).to(expert.device) for t in (slot, row, offsets, table))
 
 
 def padded_rows(m: int, n_expert: int) -> int:
     """R: the most rows that m slots can take with their padding, whatever their experts are."""
-    return int(MAX_PADDING * (m + ROW_STEP * n_expert))
+    return int(m / SMALLEST) + ROW_STEP * n_expert
 
 
 class Scratch(threading.local):
-    """Memory for rows that live no longer than one call, kept for the next: filling fresh memory takes as
-    long as computing what goes into it, because the system hands it out page by page."""
+    """Buffers for the rows and the matrices of one group of experts, used again by the next: fresh memory would
+    first have to come from the system page by page, and then into the cache."""
 
-    buffer = torch.empty(0, dtype=torch.uint8)
+    def __init__(self):
+        self.buffers = {}
 
-    def rows(self, like: Tensor, n_rows: int, width: int) -> Tensor:
-        """[n_rows, width], with the dtype and on the device of `like`"""
-        size = n_rows * width * like.element_size()
-        if self.buffer.numel() < size or self.buffer.device != like.device:
-            self.buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
-        return self.buffer[:size].view(like.dtype).view(n_rows, width)
+    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """An array with the dtype and on the device of `like`. The last one of that name is overwritten."""
+        key, size = (name, like.dtype, like.device), math.prod(shape)
+        if key not in self.buffers or len(self.buffers[key]) < size:
+            self.buffers[key] = like.new_empty(size)
+        return self.buffers[key][:size].view(shape)
 
 
 scratch = Scratch()
 
 
 def _groups(table: Tensor):
-    """Work list -> (experts, rows, number of experts) of each group, as slices."""
-    for first, n, top, rows in table.tolist():
-        if n > 0:
-            yield slice(first, first + n), slice(top, top + n * rows), n
+    """Work list -> (experts, their rows as a slice) of each group."""
+    first_row = 0
+    for size, lines in itertools.groupby(table.tolist(), key=lambda line: line[1]):
+        same = [expert for expert, _ in lines] if size else []
+        for i in range(0, len(same), GROUP_EXPERTS):
+            experts = same[i:i + GROUP_EXPERTS]
+            rows = slice(first_row, first_row + len(experts) * size)
+            first_row = rows.stop
+            yield experts, rows
 
 
-def _take(x: Tensor, index: Tensor, n: int) -> Tensor:
+def _take(name: str, x: Tensor, index: Tensor, n: int) -> Tensor:
     """Rows of x, one block for each of n experts: [n, rows, width]."""
-    return x.index_select(0, index).unflatten(0, (n, -1))
+    out = scratch(name, x, len(index), x.shape[1])
+    return torch.index_select(x, 0, index, out=out).unflatten(0, (n, -1))
 
 
-def _sum_slots(y: Tensor, row: Tensor, fan_out: int) -> Tensor:
-    """out[i] = sum over the fan_out slots of i of their rows of y, in a fixed order."""
-    if fan_out == 1:
-        return y.index_select(0, row)
-    return F.embedding_bag(row.view(-1, fan_out), y, mode="sum")
+def _matrices(w: Tensor, experts: list[int]) -> Tensor:
+    """The matrices of n experts, next to each other: [n, I, O]."""
+    n, (E, n_in, n_out) = len(experts), w.shape
+    if n == 1:
+        return w[experts[0]].unsqueeze(0)
+    if w.mT.is_contiguous() and not w.is_contiguous():
+        return _matrices(w.mT, experts).mT
+    # In small parts, because index_select then gives every core whole matrices, those that bmm will give it.
+    parts = math.gcd(n_in * n_out, 8)
+    index = torch.tensor(experts, device=w.device).unsqueeze(1) * parts + torch.arange(parts, device=w.device)
+    out = scratch("matrices", w, n * parts, n_in * n_out // parts)
+    return torch.index_select(w.reshape(E * parts, -1), 0, index.flatten(), out=out).view(n, n_in, n_out)
 
 
-def grad_dtype(x: Tensor) -> torch.dtype:
-    """Weight gradients are float32 at least: those of all repeats of a layer add up."""
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """Sums are made in float32 at least: of slots, and of the gradients of all repeats of a layer."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out [n, rows, O] = a [n, rows, I] @ b [n, I, O]; out may have a wider dtype."""
-    if out.dtype != a.dtype:
-        out.copy_(torch.bmm(a, b))
-    elif len(a) == 1:  # mm divides a single matmul among the cores better
+def _bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out [n, rows, O] = a [n, rows, I] @ b [n, I, O]"""
+    if len(a) == 1:  # mm divides a single matmul among the cores better
         torch.mm(a[0], b[0], out=out[0])
+        return out
+    return torch.bmm(a, b, out=out)
+
+
+def _bmm_dw(a: Tensor, b: Tensor, dw: Tensor, experts: list[int]) -> None:
+    """dw[experts] = a [n, rows, I]^T @ b [n, rows, O]"""
+    if len(experts) == 1 and dw.dtype == a.dtype:
+        torch.mm(a[0].T, b[0], out=dw[experts[0]])
     else:
-        torch.bmm(a, b, out=out)
+        out = _bmm(a.mT, b, scratch("matrices", a, len(a), *dw.shape[1:]))
+        dw.index_copy_(0, torch.tensor(experts, device=dw.device), out.to(dw.dtype))
+
+
+def _new_dw(w_shape, like: Tensor, table: Tensor) -> Tensor:
+    """Memory for a weight gradient, with zeros for the experts that nobody chose."""
+    dw = like.new_empty(w_shape, dtype=sum_dtype(like))
+    return dw.index_fill_(0, table[table[:, 1] == 0, 0], 0)
+
+
+def _add_slots(out: Tensor, target: Tensor, y: Tensor) -> None:
+    """out[target[r]] += y[r] for all rows r, in a fixed order. y [n, rows, O]"""
+    out.index_add_(0, target, y.flatten(0, 1).to(out.dtype))
 
 
 def _row_gate(gate: Tensor, row: Tensor, n_rows: int, dtype) -> Tensor:
@@ -251,21 +282,29 @@ def _row_gate(gate: Tensor, row: Tensor, n_rows: int, dtype) -> Tensor:
     return gate.new_zeros(n_rows, 1, dtype=dtype).index_copy_(0, row, gate.reshape(-1, 1).to(dtype))
 
 
+def _is_slot(x: Tensor, r: Routing) -> Tensor:
+    """1 for the rows that hold a slot, 0 for padding: [R, 1]"""
+    return _row_gate(x.new_ones(len(r.row)), r.row, len(r.slot), x.dtype)
+
+
 def torch_matmul(x, w, r: Routing, fan_in, fan_out):
-    source = r.slot // fan_in                                                    # [R]
-    y = scratch.rows(x, len(source), w.shape[2])                                 # [R, O]
-    for e, rows, n in _groups(r.table):
-        _bmm(_take(x, source[rows], n), w[e], y[rows].unflatten(0, (n, -1)))
-    return _sum_slots(y, r.row, fan_out)
+    source, target, real = r.slot // fan_in, r.slot // fan_out, _is_slot(x, r)   # [R], [R], [R, 1]
+    out = x.new_zeros(len(r.row) // fan_out, w.shape[2], dtype=sum_dtype(x))     # [M / fan_out, O]
+    for experts, rows in _groups(r.table):
+        n = len(experts)
+        xe = _take("rows", x, source[rows], n).mul_(real[rows].unflatten(0, (n, -1)))
+        y = scratch("hidden", x, *xe.shape[:2], w.shape[2])                      # [n, rows, O]
+        _add_slots(out, target[rows], _bmm(xe, _matrices(w, experts), y))
+    return out.to(x.dtype)
 
 
 def torch_matmul_dw(x, dout, r: Routing, fan_in, fan_out):
-    source, target = r.slot // fan_in, r.slot // fan_out                         # [R] both
-    real = _row_gate(x.new_ones(len(r.row)), r.row, len(source), x.dtype)        # [R, 1] 0 for padding
-    dw = x.new_empty(len(r.offsets) - 1, x.shape[1], dout.shape[1], dtype=grad_dtype(x))
-    for e, rows, n in _groups(r.table):
-        xe = _take(x, source[rows], n).mul_(real[rows].unflatten(0, (n, -1)))
-        _bmm(xe.mT, _take(dout, target[rows], n), dw[e])
+    source, target, real = r.slot // fan_in, r.slot // fan_out, _is_slot(x, r)   # [R], [R], [R, 1]
+    dw = _new_dw((len(r.table), x.shape[1], dout.shape[1]), x, r.table)          # [E, I, O]
+    for experts, rows in _groups(r.table):
+        n = len(experts)
+        xe = _take("rows", x, source[rows], n).mul_(real[rows].unflatten(0, (n, -1)))
+        _bmm_dw(xe, _take("hidden", dout, target[rows], n), dw, experts)
     return dw
 
 
@@ -282,32 +321,35 @@ def torch_ffn(x, w_up, w_down, gate, r: Routing):
     token = r.slot // gate.shape[1]                                              # [R]
     g = _row_gate(gate, r.row, len(token), x.dtype)                              # [R, 1]
     h = x.new_empty(len(token), w_up.shape[2])                                   # [R, F]
-    y = scratch.rows(x, len(token), w_down.shape[2])                             # [R, C]
-    for e, rows, n in _groups(r.table):
-        he, ge, ye = (t[rows].unflatten(0, (n, -1)) for t in (h, g, y))
-        _bmm(_take(x, token[rows], n), w_up[e], he)
-        _bmm(he.relu_().mul_(ge), w_down[e], ye)  # h is finished in place
+    out = torch.zeros_like(x, dtype=sum_dtype(x))                                # [N, C]
+    for experts, rows in _groups(r.table):
+        n = len(experts)
+        he, ge = (t[rows].unflatten(0, (n, -1)) for t in (h, g))
+        xe = _take("rows", x, token[rows], n)                                    # [n, rows, C]
+        _bmm(xe, _matrices(w_up, experts), he).relu_().mul_(ge)                  # h, finished in place
+        _add_slots(out, token[rows], _bmm(he, _matrices(w_down, experts), xe))   # in the place of xe
     h[r.offsets[-1]:] = 0  # not used, but a result of the op
-    return _sum_slots(y, r.row, gate.shape[1]), h
+    return out.to(x.dtype), h
 
 
 def torch_ffn_backward(dout, x, h, w_up, w_down, gate, r: Routing):
     token = r.slot // gate.shape[1]                                              # [R]
     g = _row_gate(gate, r.row, len(token), x.dtype)                              # [R, 1]
     dot = gate.new_empty(len(token))                                             # [R]
-    dx = scratch.rows(x, len(token), x.shape[1])                                 # [R, C]
-    dw_up, dw_down = (w.new_empty(w.shape, dtype=grad_dtype(x)) for w in (w_up, w_down))
-    for e, rows, n in _groups(r.table):
-        he, ge, dxe = (t[rows].unflatten(0, (n, -1)) for t in (h, g, dx))
-        xe, de = _take(x, token[rows], n), _take(dout, token[rows], n)
-        dh = torch.empty_like(he)                                                # [n, rows, F]
-        _bmm(de, w_down[e].mT, dh)
-        _bmm(he.mT, de, dw_down[e])
+    dx = torch.zeros_like(x, dtype=sum_dtype(x))                                 # [N, C]
+    dw_up, dw_down = (_new_dw(w.shape, x, r.table) for w in (w_up, w_down))
+    for experts, rows in _groups(r.table):
+        n = len(experts)
+        he, ge = (t[rows].unflatten(0, (n, -1)) for t in (h, g))
+        de = _take("rows", dout, token[rows], n)                                 # [n, rows, C]
+        dh = _bmm(de, _matrices(w_down, experts).mT, scratch("hidden", he, *he.shape))
+        _bmm_dw(he, de, dw_down, experts)
         dot[rows] = (dh * he).sum(-1).flatten()
         dz = torch.ops.aten.threshold_backward.grad_input(dh.mul_(ge), he, 0, grad_input=dh)  # in place
-        _bmm(xe.mT, dz, dw_up[e])
-        _bmm(dz, w_up[e].mT, dxe)
-    return _sum_slots(dx, r.row, gate.shape[1]), dw_up, dw_down, dot.index_select(0, r.row).view_as(gate)
+        xe = _take("rows", x, token[rows], n)                                    # in the place of de
+        _bmm_dw(xe, dz, dw_up, experts)
+        _add_slots(dx, token[rows], _bmm(dz, _matrices(w_up, experts).mT, xe))   # in the place of xe
+    return dx.to(x.dtype), dw_up, dw_down, dot.index_select(0, r.row).view_as(gate)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -623,7 +665,7 @@ def _(expert, n_expert):
     new = lambda *shape: expert.new_empty(shape, dtype=torch.int32 if on_triton else torch.long)
     if on_triton:
         return new(m), new(m), new(n_expert + 1), new(triton.cdiv(m, block_rows(m, n_expert)) + n_expert, 2)
-    return new(padded_rows(m, n_expert)), new(m), new(n_expert + 1), new(n_expert, 4)
+    return new(padded_rows(m, n_expert)), new(m), new(n_expert + 1), new(n_expert, 2)
 
 
 @torch.library.custom_op("moeut::matmul", mutates_args=())
@@ -653,7 +695,7 @@ def _matmul_dw(
 
 @_matmul_dw.register_fake
 def _(x, dout, expert, slot, row, offsets, table, fan_in, fan_out):
-    return x.new_empty(offsets.shape[0] - 1, x.shape[1], dout.shape[1], dtype=grad_dtype(x))
+    return x.new_empty(offsets.shape[0] - 1, x.shape[1], dout.shape[1], dtype=sum_dtype(x))
 
 
 @torch.library.custom_op("moeut::ffn", mutates_args=())
@@ -683,7 +725,7 @@ def _ffn_backward(
 
 @_ffn_backward.register_fake
 def _(dout, x, h, w_up, w_down, gate, expert, slot, row, offsets, table):
-    dw_up, dw_down = (w.new_empty(w.shape, dtype=grad_dtype(x)) for w in (w_up, w_down))
+    dw_up, dw_down = (w.new_empty(w.shape, dtype=sum_dtype(x)) for w in (w_up, w_down))
     return x.new_empty(x.shape), dw_up, dw_down, gate.new_empty(gate.shape)
 
 

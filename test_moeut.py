@@ -364,15 +364,17 @@ def test_groups_of_experts(skew):
     slot, row, offsets, table = cvmm.torch_sort_slots(expert.int(), E)
     count = expert.bincount(minlength=E)
     assert torch.equal(slot[row], torch.arange(500 * K)) and len(slot) >= offsets[-1]
-    for e, first in enumerate(offsets[:-1].tolist()):
-        assert torch.equal(slot[first:first + count[e]], (expert == e).nonzero()[:, 0])
-    done = 0
-    for first, n, top, rows in table[table[:, 1] > 0].tolist():
-        assert first == done and rows % 8 == 0 and n <= 8
-        assert rows >= count[first:first + n].max() and n * rows <= 1.125 * (count[first:first + n] + 7).sum()
-        assert offsets[first:first + n].tolist() == [top + i * rows for i in range(n)]
-        done = first + n
-    assert done == E
+    seen, first = [], 0
+    for experts, rows in cvmm._groups(table):
+        assert rows.start == first and len(experts) <= 16
+        first, size = rows.stop, (rows.stop - rows.start) // len(experts)
+        for i, e in enumerate(experts):
+            own = slot[rows.start + i * size:][:size]
+            assert offsets[e] == rows.start + i * size and size % 8 == 0
+            assert torch.equal(own[:count[e]], (expert == e).nonzero()[:, 0])
+            assert (expert[own] == e).all() and 7 / 8 * size < count[e] + 8  # padding repeats a slot of the expert
+        seen += experts
+    assert sorted(seen) == count.nonzero()[:, 0].tolist() and first == offsets[-1]
 
 
 def test_bad_shapes(path):
