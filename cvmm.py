@@ -205,7 +205,8 @@ class Scratch(threading.local):
         """An array with the dtype and on the device of `like`. The last one of that name is overwritten."""
         key, size = (name, like.dtype, like.device), math.prod(shape)
         if key not in self.buffers or len(self.buffers[key]) < size:
-            self.buffers[key] = like.new_empty(size)
+            with torch.inference_mode(False):  # or training could not use what sampling has made
+                self.buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
         return self.buffers[key][:size].view(shape)
 
 

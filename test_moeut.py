@@ -871,6 +871,15 @@ def test_cache(changes, chunks):
         model(idx, cache=KVCache(model.config, 1, 40, dtype=torch.float64))
 
 
+def test_training_after_sampling(always_sort, monkeypatch):
+    """Buffers that are first made while sampling can be used for training."""
+    monkeypatch.setattr(cvmm, "scratch", cvmm.Scratch())
+    model = MoEUT(tiny())
+    list(model.eval().generate(tokens(2, 16), 2))
+    out = model.train()(tokens(2, 16), tokens(2, 16))
+    (out.loss + out.reg).backward()
+
+
 @pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)], ids=str)
 def test_generate_refuses(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
