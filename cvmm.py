@@ -238,11 +238,14 @@ def _matrices(w: Tensor, experts: list[int]) -> Tensor:
         return w[experts[0]].unsqueeze(0)
     if w.mT.is_contiguous() and not w.is_contiguous():
         return _matrices(w.mT, experts).mT
-    # In small parts, because index_select then gives every core whole matrices, those that bmm will give it.
+    index, out = torch.tensor(experts, device=w.device), scratch("matrices", w, n, n_in, n_out)
+    if n_in * n_out < 2**15:
+        return torch.index_select(w, 0, index, out=out)
+    # Large matrices in eighths: whole ones index_select would divide among the cores, and bmm does not.
     parts = math.gcd(n_in * n_out, 8)
-    index = torch.tensor(experts, device=w.device).unsqueeze(1) * parts + torch.arange(parts, device=w.device)
-    out = scratch("matrices", w, n * parts, n_in * n_out // parts)
-    return torch.index_select(w.reshape(E * parts, -1), 0, index.flatten(), out=out).view(n, n_in, n_out)
+    index = index.unsqueeze(1) * parts + torch.arange(parts, device=w.device)
+    torch.index_select(w.reshape(E * parts, -1), 0, index.flatten(), out=out.view(n * parts, -1))
+    return out
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
