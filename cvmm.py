@@ -214,15 +214,16 @@ scratch = Scratch()
 
 
 def _groups(table: Tensor):
-    """Work list -> (experts, their rows as a slice) of each group."""
-    first_row = 0
-    for size, lines in itertools.groupby(table.tolist(), key=lambda line: line[1]):
-        same = [expert for expert, _ in lines] if size else []
-        for i in range(0, len(same), GROUP_EXPERTS):
-            experts = same[i:i + GROUP_EXPERTS]
-            rows = slice(first_row, first_row + len(experts) * size)
-            first_row = rows.stop
-            yield experts, rows
+    """Work list -> (experts [n], their rows as a slice) of each group."""
+    experts, sizes = table.unbind(1)
+    first = first_row = 0
+    for size, same in itertools.groupby(sizes.tolist()):
+        last = first + len(list(same))
+        for i in range(first, last if size else first, GROUP_EXPERTS):
+            n = min(GROUP_EXPERTS, last - i)
+            yield experts[i:i + n], slice(first_row, first_row + n * size)
+            first_row += n * size
+        first = last
 
 
 def _take(name: str, x: Tensor, index: Tensor, n: int) -> Tensor:
@@ -231,19 +232,19 @@ def _take(name: str, x: Tensor, index: Tensor, n: int) -> Tensor:
     return torch.index_select(x, 0, index, out=out).unflatten(0, (n, -1))
 
 
-def _matrices(w: Tensor, experts: list[int]) -> Tensor:
+def _matrices(w: Tensor, experts: Tensor) -> Tensor:
     """The matrices of n experts, next to each other: [n, I, O]."""
     n, (E, n_in, n_out) = len(experts), w.shape
     if n == 1:
-        return w[experts[0]].unsqueeze(0)
+        return w[int(experts)].unsqueeze(0)
     if w.mT.is_contiguous() and not w.is_contiguous():
         return _matrices(w.mT, experts).mT
-    index, out = torch.tensor(experts, device=w.device), scratch("matrices", w, n, n_in, n_out)
+    out = scratch("matrices", w, n, n_in, n_out)
     if n_in * n_out < 2**15:
-        return torch.index_select(w, 0, index, out=out)
+        return torch.index_select(w, 0, experts, out=out)
     # Large matrices in eighths: whole ones index_select would divide among the cores, and bmm does not.
     parts = math.gcd(n_in * n_out, 8)
-    index = index.unsqueeze(1) * parts + torch.arange(parts, device=w.device)
+    index = experts.unsqueeze(1) * parts + torch.arange(parts, device=w.device)
     torch.index_select(w.reshape(E * parts, -1), 0, index.flatten(), out=out.view(n * parts, -1))
     return out
 
@@ -261,13 +262,13 @@ def _bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.bmm(a, b, out=out)
 
 
-def _bmm_dw(a: Tensor, b: Tensor, dw: Tensor, experts: list[int]) -> None:
+def _bmm_dw(a: Tensor, b: Tensor, dw: Tensor, experts: Tensor) -> None:
     """dw[experts] = a [n, rows, I]^T @ b [n, rows, O]"""
     if len(experts) == 1 and dw.dtype == a.dtype:
-        torch.mm(a[0].T, b[0], out=dw[experts[0]])
+        torch.mm(a[0].T, b[0], out=dw[int(experts)])
     else:
         out = _bmm(a.mT, b, scratch("matrices", a, len(a), *dw.shape[1:]))
-        dw.index_copy_(0, torch.tensor(experts, device=dw.device), out.to(dw.dtype))
+        dw.index_copy_(0, experts, out.to(dw.dtype))
 
 
 def _new_dw(w_shape, like: Tensor, table: Tensor) -> Tensor:
@@ -938,14 +939,14 @@ def expert_values(x: Tensor, w: Tensor | Weight, gate: Tensor, expert: Tensor) -
     """
     w = w if isinstance(w, Weight) else cast(w)
     _check_heads("expert_values", x, w, gate, expert, fits=x.shape == (gate.shape[0], w.low.shape[1]))
-    N, H, J = gate.shape
+    (N, H, J), D = gate.shape, w.low.shape[2]
     n_expert = w.low.shape[0] // H
     if _multiply_all(x, gate, n_expert):
         v = x.to(w.low.dtype) @ w.param.to(w.low.dtype).transpose(0, 1).flatten(1)   # [N, H * A * D]
-        v = v.view(N, H, n_expert, w.low.shape[2]) * _all_gates(gate, expert, n_expert)          # [N, H, A, D]
+        v = v.view(N, H, n_expert, D) * _all_gates(gate, expert, n_expert)           # [N, H, A, D]
         return v.sum(2).to(w.low.dtype)
     v = cvmm(x, w, route(_number(expert, n_expert), H * n_expert), H * J, 1)         # [N * H * J, D]
-    return (v.view(N, H, J, w.low.shape[2]) * gate.unsqueeze(-1)).sum(2).to(v.dtype)             # [N, H, D]
+    return (v.view(N, H, J, D) * gate.unsqueeze(-1)).sum(2).to(v.dtype)              # [N, H, D]
 
 
 def expert_outputs(a: Tensor, w: Tensor | Weight, gate: Tensor, expert: Tensor) -> Tensor:

@@ -588,7 +588,7 @@ class MoEUT(nn.Module):
         """Sum over the layers of the weighted negative entropy of expert usage, over all repeats and time
         steps of a sequence together; the more evenly the experts are used, the lower. Without it a few
         experts could win every token, and the others would never learn."""
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), dtype=torch.float32, device=device)
         for att, ffn in zip(att_usage, ffn_usage):  # of all repeats of one layer
             if att and att[0] is not None:                                       # [B, 2, H, A] each
                 evenness = negative_entropy(torch.stack(att).mean(0))            # [B, 2, H]

@@ -37,6 +37,8 @@ import train
 from moeut import KVCache, MoEUT, MoEUTConfig, Router, negative_entropy, preset, rotary_table, rotate, usage
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+KERNEL_DEVICE = DEVICES[-1]
+needs_triton = pytest.mark.skipif(cvmm.triton is None, reason="triton is not installed")
 CPU = torch.device("cpu")
 
 
@@ -191,15 +193,12 @@ def test_expert_ffn_sizes(N, C, n_hidden, E, K, device, always_sort):
     close(output_and_grads(ffn(expert, E), *inputs), output_and_grads(ffn_reference(expert), *inputs))
 
 
-PATHS = ["PyTorch", pytest.param("Triton", marks=pytest.mark.skipif(cvmm.triton is None, reason="needs triton"))]
-
-
-@pytest.mark.parametrize("force", PATHS)
+@pytest.mark.parametrize("force", ["PyTorch", pytest.param("Triton", marks=needs_triton)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.filterwarnings("ignore:invalid value")  # Triton's interpreter computes with numpy
 def test_bad_numbers_stay_with_their_token_and_expert(bad, force, monkeypatch, always_sort):
     monkeypatch.setattr(cvmm, "force", force)
-    x, w_up, w_down, logits, expert = ffn_inputs(DEVICES[-1] if force == "Triton" else CPU, N=200, K=1)
+    x, w_up, w_down, logits, expert = ffn_inputs(KERNEL_DEVICE if force == "Triton" else CPU, N=200, K=1)
     x[0], w_up = bad, w_up.abs()
     expert[0] = 5
     out, dx, *dws, _ = output_and_grads(ffn(expert, 7), x, w_up, w_down, logits)
@@ -411,7 +410,7 @@ def test_bad_routing(always_sort):
         cvmm.route(expert, 2**15)
 
 
-@pytest.mark.skipif(cvmm.triton is None, reason="needs triton")
+@needs_triton
 def test_no_float64_kernels(kernels):
     x, w, expert = slots((3, 1), "random", KERNEL_DEVICE)
     with pytest.raises(TypeError, match="float64"):
@@ -460,10 +459,6 @@ def check_custom_op(name, device):
 
 # ---------------------------------------------------------------------------------------------------
 # The Triton kernels: on a GPU, or in Triton's interpreter, which runs the same code on CPU tensors
-
-needs_triton = pytest.mark.skipif(cvmm.triton is None, reason="triton is not installed")
-KERNEL_DEVICE = DEVICES[-1]
-
 
 @pytest.fixture
 def kernels(monkeypatch, always_sort):
