@@ -1,203 +1,462 @@
 """MoEUT, the Mixture-of-Experts Universal Transformer (Csordas et al., 2024, arXiv 2405.16039).
 
-A Universal Transformer applies the same layer over and over, so depth costs no parameters: so few are
-left that a dense model would have to be far wider, and slower, to make up for them. MoEUT gets them back
-at little cost, and makes repeated layers work, with three ideas:
+A Universal Transformer applies the same layer over and over, so depth costs no parameters: so few are left that a dense
+model would have to be far wider, and slower, to make up for them. MoEUT gets them back at little cost, and makes
+repeated layers work, with three ideas:
 
-1. Mixtures of experts in both halves of a layer: sigma-MoE in the feedforward (arXiv 2310.10837) and
-   SwitchHead in the attention (arXiv 2312.07987). An expert is a small feedforward, or one matrix of an
-   attention head. There are many, and every token uses a few of them, by its own choice.
-2. Layer grouping: not one layer but a small group of G different ones is repeated, ABABAB... Neighbours
-   can then do different parts of one job, and each needs fewer experts.
-3. Peri-layernorm: a layernorm stands only where a softmax or sigmoid follows: before queries and keys,
-   routers and the head. With pre-layernorm a layer sees inputs of one size at every depth, while the
-   residual stream that it adds to grows: what it adds counts less and less, and a shared layer cannot
-   make up for that. Experts that read the stream itself give outputs that grow with it.
+1. Mixtures of experts in both halves of a layer: sigma-MoE in the feedforward (arXiv 2310.10837) and SwitchHead in the
+   attention (arXiv 2312.07987). An expert is a small feedforward, or one matrix of an attention head. There are many,
+   and every token uses a few of them, by its own choice.
+2. Layer grouping: not one layer but a small group of G different ones is repeated, ABABAB... Neighbours can then do
+   different parts of one job, and each needs fewer experts.
+3. Peri-layernorm: a layernorm stands only where a softmax or sigmoid follows: before queries and keys, routers and the
+   head. With pre-layernorm a layer sees inputs of one size at every depth, while the residual stream that it adds to
+   grows: what it adds counts less and less, and a shared layer cannot make up for that. Experts that read the stream
+   itself give outputs that grow with it.
 
-The same file holds what the paper compares with: `ffn`, `attention`, `group_size` and `layernorm` in
-the config turn MoEUT into the standard Transformer, the plain Universal Transformer, the sigma-MoE
-Transformer and the SwitchHead Transformer.
+The same file holds what the paper compares with: `ffn`, `attention`, `group_size` and `layernorm` in the config turn
+MoEUT into the standard Transformer, the plain Universal Transformer, the sigma-MoE and the SwitchHead Transformer.
 
 Letters in the shape comments, code name and meaning:
 
     B                batch                              T               tokens of a sequence
     N                B * T, all tokens                  S               keys attended to
-    C  n_embd        width of the residual stream
+    C  n_embd        width of the residual stream       V  vocab_size   tokens that there are
     L  n_layer       layer applications                 G  group_size   distinct layers
     H  n_head        attention heads                    D  head_size    width of a head
     E  n_expert      feedforward experts                K  top_k        ... chosen per token
-    F  expert_size   hidden units of an expert (F_ in code)
+    F  expert_size   hidden units of an expert          P               rotated dimensions of a head
     A  n_att_expert  experts per head                   J  att_top_k    ... chosen per token and head
-    P                rotated dimensions of a head
 
-A router is a linear map to `logits`, one for each expert; the `scores` are their sigmoids; top-K takes
-the experts with the K largest; the `gate` of a chosen expert is its score, by which its output is
-multiplied. Scores are not normalised, so that experts do not compete for a share. (Other mixtures of
-experts limit the tokens of an expert and drop the rest; here all are served.)
-
-Not in here: dropout of experts, load balancing beyond the paper's entropy term, sequence packing,
-a tokenizer (see train.py).
+Not in here: load balancing beyond the paper's entropy term, sequence packing, a tokenizer (see train.py).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Iterator, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# cvmm.py multiplies every token by the matrices of its chosen experts only; the top of that file says how.
-from cvmm import Weight, cast, expert_ffn, expert_outputs, expert_values, route, topk
-
-# ---------------------------------------------------------------------------------------------------
-# Configuration
+# cvmm multiplies every token by the matrices of its chosen experts only; the top of that file says how.
+from cvmm import cvmm, route
 
 
 @dataclass
 class MoEUTConfig:
     """All sizes and switches of a model. Raises ValueError, in one sentence, if they do not fit."""
 
-    vocab_size: int = 257  # tokens; 257 = all bytes and end of text
+    vocab_size: int = 2048  # V
     block_size: int = 128  # training context T; the model itself has no limit (rotary positions)
     n_layer: int = 4  # L, counts applications: a layer repeated three times counts three
     group_size: int = 2  # G distinct layers, repeated L / G times; G = L shares nothing
     n_embd: int = 64  # C
     n_head: int = 4  # H; the paper's MoEUTs have fewer than its dense models, because each head has A experts
     head_size: int = 16  # D; H * D need not be C
-    ffn: str = "moe"  # moe (sigma-MoE) | dense
+    ffn: Literal["moe", "dense"] = "moe"  # moe is sigma-MoE
     n_expert: int = 8  # E; parameters grow with E, compute hardly
     expert_size: int = 128  # F; 128 in the paper
     top_k: int = 2  # K; compute grows with K * F
     ffn_size: int = 512  # hidden units of a dense feedforward
-    attention: str = "moe"  # moe (SwitchHead) | dense
-    n_att_expert: int = 2  # A
+    attention: Literal["moe", "dense"] = "moe"  # moe is SwitchHead
+    n_att_expert: int = 2  # A; with 1 there is nothing to choose: dense values and outputs, and a gate for each head
     att_top_k: int = 1  # J
-    layernorm: str = "peri"  # peri | pre | post
+    layernorm: Literal["peri", "pre", "post"] = "peri"
     dropout: float = 0.0  # on the output of attention and feedforward; 0 in all runs of the paper
+    expert_dropout: float = 0.0  # share of the experts that a token cannot choose, in training; 0 in the paper
     ffn_reg: float = 0.01  # weight of the entropy regulariser on feedforward routers
     att_reg: float = 0.001  # ... on attention routers
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise ValueError(f"{field.name} is {value}: it must be at least 1.")
-        for name, choices in {
-            "ffn": ("moe", "dense"), "attention": ("moe", "dense"), "layernorm": ("peri", "pre", "post"),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}.")
-        for small, large in (("top_k", "n_expert"), ("att_top_k", "n_att_expert")):
-            if getattr(self, small) > getattr(self, large):
-                raise ValueError(
-                    f"{small} is {getattr(self, small)}, but there are only {large} = "
-                    f"{getattr(self, large)} experts to choose from.")
-        if self.n_layer % self.group_size:
-            raise ValueError(
-                f"n_layer is {self.n_layer}: it must be a multiple of group_size = {self.group_size}, "
-                "because whole groups are repeated.")
-        if self.ffn == "dense" and self.layernorm == "peri":
-            raise ValueError(
-                "layernorm is 'peri', which would leave the input of a dense feedforward unnormalised: choose "
-                "layernorm 'pre' or 'post'.")
-        if self.head_size < 4:
-            raise ValueError(f"head_size is {self.head_size}: it must be at least 4, of which 2 are rotated.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1.")
-
-    @property
-    def n_repeat(self) -> int:
-        return self.n_layer // self.group_size
+        for f in fields(self):
+            value, choices, end = getattr(self, f.name), get_args(f.type), 1 if "dropout" in f.name else math.inf
+            ok, rule = value in choices, f"one of {', '.join(choices)}"
+            if f.type is int:
+                ok, rule = type(value) is int and value >= 1, "a whole number of at least 1"
+            if f.type is float:
+                ok, rule = type(value) in (int, float) and 0 <= value < end, f"a number of at least 0 and below {end}"
+            if not ok:
+                raise ValueError(f"{f.name} is {value!r}: it must be {rule}.")
+        for name, ok, rule in (
+            ("top_k", self.top_k <= self.n_expert, f"at most n_expert = {self.n_expert}"),
+            ("att_top_k", self.att_top_k <= self.n_att_expert, f"at most n_att_expert = {self.n_att_expert}"),
+            ("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}"),
+            ("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated"),
+            ("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post for a dense ffn"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {rule}.")
 
     def macs_per_token(self, context: int | None = None) -> int:
-        """Multiply-accumulates of one token's forward pass, embedding and head left out.
+        """Multiply-accumulates of the forward pass of a token that attends to `context` positions, block_size if not
+        given, without embedding and head: the paper's formula, which does not halve attention for causality."""
+        C, H, HD, A = self.n_embd, self.n_head, self.n_head * self.head_size, self.n_att_expert
+        J, routers = (1, 0) if self.attention == "dense" else (self.att_top_k, C * H * (1 if A == 1 else 2 * A))
+        attention = 2 * HD * (context or self.block_size) + 2 * C * HD + 2 * J * C * HD + routers
+        moe = 2 * self.top_k * C * self.expert_size + self.n_expert * C
+        return self.n_layer * (attention + (2 * C * self.ffn_size if self.ffn == "dense" else moe))
 
-        `context` is the number of positions attended to, block_size if not given. This is the formula
-        of the paper, which does not halve the attention for causality.
-        """
-        T, C, HD = self.block_size if context is None else context, self.n_embd, self.n_head * self.head_size
-        attention = 2 * HD * T                                                   # q k^T; weights times v
-        attention += 2 * C * HD                                                  # to q, k
-        if self.attention == "moe":
-            attention += 2 * self.att_top_k * HD * (C + 1)                       # to v, o; their gates
-            attention += 2 * self.n_head * self.n_att_expert * C                 # routers
+
+def normal(c: MoEUTConfig, *shape: int, fan_in: int) -> nn.Parameter:
+    """Initial weights, as in the authors' training code: those of a layer have standard deviation sqrt(2 / L / fan_in),
+    where L counts applications, and biases are 0. The fan in is the number of inputs, but E * F for w_down (all
+    experts, not the chosen ones) and H * D for w_o. The embedding has 1 / sqrt(C); layernorms and head stay as PyTorch
+    makes them. (The authors' clean repository goes on to give the rows of its routers equal norms.)"""
+    return nn.Parameter(math.sqrt(2 / c.n_layer / fan_in) * torch.randn(shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feedforward. From here to Layer, x is what a module transforms, and n is what its routers, queries and keys read. They
+# differ only with peri-layernorm, where n = LN(x).
+
+
+class Router(nn.Module):
+    """Lets every token choose experts. A linear map gives `logits`, one for each expert; the `scores` are their
+    sigmoids; the experts with the `top_k` largest scores are chosen; the `gate` of a chosen expert is its score, by
+    which its output is multiplied. Scores are not normalised, so that experts do not compete for a share, and no expert
+    is ever full. A router can make several choices at once: for values and outputs of H heads, `choices` is (2, H)."""
+
+    def __init__(self, c: MoEUTConfig, n_expert: int, top_k: int, choices: tuple[int, ...] = ()):
+        super().__init__()
+        self.shape, self.top_k, self.dropout = (*choices, n_expert), top_k, c.expert_dropout
+        self.w = normal(c, math.prod(self.shape), c.n_embd, fan_in=c.n_embd)
+
+    def forward(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """n [B, T, C] -> gate and expert, [B, T, *choices, top_k] both, and in training, for the regulariser, the usage
+        of the experts by each sequence [B, *choices, n_expert]."""
+        with torch.autocast(n.device.type, enabled=False):  # in bfloat16 half of the tokens have a tie at the cut
+            dtype = torch.promote_types(n.dtype, torch.float32)
+            logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
+        ranking = logits.detach()  # the same as of scores: the sigmoid keeps the order
+        if self.training and self.dropout:
+            ranking = ranking.masked_fill(torch.rand_like(ranking) < self.dropout, -math.inf)
+        expert = ranking.topk(self.top_k, sorted=False).indices                          # [B, T, *choices, top_k]
+        if torch.compiler.is_compiling():  # gather in other words, whose gradient torch 2.13's inductor may lose
+            chosen = expert.unsqueeze(-1) == torch.arange(logits.shape[-1], device=n.device)
+            gate = torch.where(chosen, logits.unsqueeze(-2), 0).sum(-1).sigmoid()
         else:
-            attention += 2 * C * HD                                              # to v, o
-        if self.ffn == "moe":
-            ffn = self.top_k * self.expert_size * (2 * C + 1) + self.n_expert * C
-        else:
-            ffn = 2 * C * self.ffn_size
-        return self.n_layer * (attention + ffn)
-
-    def idle_params(self) -> int:
-        """Parameters of the experts that a token does not choose in one application of each distinct layer.
-        (In the next one it may choose others.)"""
-        idle = 0
-        if self.attention == "moe":
-            idle += 2 * (self.n_att_expert - self.att_top_k) * self.n_head * self.head_size * self.n_embd
-        if self.ffn == "moe":
-            idle += 2 * (self.n_expert - self.top_k) * self.expert_size * self.n_embd
-        return self.group_size * idle
-
-    def estimate_flops(self) -> int:
-        """Floating point operations per token of one training step: 2 per MAC, forward once and
-        backward twice; the head included, and only the causal half of attention."""
-        return 6 * (self.macs_per_token(self.block_size // 2) + self.n_embd * self.vocab_size)
+            gate = logits.gather(-1, expert).sigmoid()                                   # [B, T, *choices, top_k]
+        # Counts of choices have no gradient; the mean probability under a softmax over all experts stands for them.
+        usage = logits.softmax(-1).mean(1) if self.training else None                    # [B, *choices, n_expert]
+        return gate, expert, usage
 
 
-def _moeut(C, L, G, H, D, E, K, A):
-    return dict(n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E, top_k=K,
-                n_att_expert=A, att_top_k=2, vocab_size=8000, block_size=1024)
+class SigmaMoE(nn.Module):
+    """sum over the top-K experts e of gate[e] * relu(x W_up[e]) W_down[e]"""
+
+    def __init__(self, c: MoEUTConfig):
+        super().__init__()
+        self.router = Router(c, c.n_expert, c.top_k)
+        self.w_up = normal(c, c.n_expert, c.n_embd, c.expert_size, fan_in=c.n_embd)
+        self.w_down = normal(c, c.n_expert, c.expert_size, c.n_embd, fan_in=c.n_expert * c.expert_size)
+
+    def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x, n [B, T, C] -> [B, T, C], and the usage of the experts [B, E]."""
+        gate, expert, usage = self.router(n)                                             # [B, T, K] both, [B, E]
+        K, r = self.router.top_k, route(expert, len(self.w_up))  # sorts tokens by expert, once for both matmuls
+        h = cvmm(x.flatten(0, 1), self.w_up, r, fan_in=K).relu()                         # [N * K, F], sorted by expert
+        y = cvmm(h, self.w_down, r, fan_out=K, gate=gate)                                # [N, C]
+        return y.view_as(x), usage
 
 
-# The standard Transformer, which the paper compares with
-TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")
+class DenseFFN(nn.Module):
+    """relu(x W_up + b_up) W_down + b_down"""
+
+    def __init__(self, c: MoEUTConfig):
+        super().__init__()
+        self.w_up = normal(c, c.ffn_size, c.n_embd, fan_in=c.n_embd)
+        self.b_up = nn.Parameter(torch.zeros(c.ffn_size))
+        self.w_down = normal(c, c.n_embd, c.ffn_size, fan_in=c.ffn_size)
+        self.b_down = nn.Parameter(torch.zeros(c.n_embd))
+
+    def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, None]:
+        h = F.linear(x, self.w_up, self.b_up).relu()                                     # [B, T, ffn_size]
+        return F.linear(h, self.w_down, self.b_down), None                               # [B, T, C]
 
 
-def _dense(C, L, H, D, hidden):
-    return dict(TRANSFORMER, n_embd=C, n_layer=L, group_size=L, n_head=H, head_size=D, ffn_size=hidden,
-                vocab_size=8000, block_size=1024)
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
 
 
+def rotary_table(head_size: int, start: int, stop: int, device) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, 1, P/2] for positions start..stop-1. Pairs of dimensions of q and k are turned by an angle
+    that grows with the position, so that their product depends on the distance only. The first P dimensions of a head
+    are rotated: half of them, rounded down to an even number."""
+    P = head_size // 4 * 2
+    frequency = 10000 ** -(torch.arange(0, P, 2, device=device) / P)                     # [P/2]
+    angle = torch.arange(start, stop, device=device).view(-1, 1, 1, 1) * frequency       # [T, 1, 1, P/2]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions for x [B, T, *, *, D]; dimension i of the rotated part is paired with i + P/2."""
+    cos, sin = (t.to(x.dtype) for t in rotary)                                           # [T, 1, 1, P/2]
+    a, b, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+class LayerCache:
+    """Keys and values of the past tokens in one layer *application*: a layer that is repeated three times sees three
+    different inputs. So repeating layers makes the caches no smaller; having fewer heads does."""
+
+    def __init__(self, c: MoEUTConfig, batch: int, capacity: int, device=None, dtype=None):
+        self.kv = torch.empty(2, batch, c.n_head, capacity, c.head_size, device=device, dtype=dtype)
+        self.length = 0  # tokens stored
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, H, T, D] of the new tokens; return those of all tokens so far [B, H, S, D]."""
+        (_, batch, _, capacity, _), start, end = self.kv.shape, self.length, self.length + k.shape[2]
+        if len(k) != batch or end > capacity:
+            raise ValueError(f"The cache is for {capacity} tokens in a batch of {batch}, not {end} in one of {len(k)}.")
+        self.kv[0, :, :, start:end], self.kv[1, :, :, start:end], self.length = k, v, end
+        return self.kv[:, :, :, :end].unbind()
+
+
+def attend(qk: Tensor, v: Tensor, rotary, cache: LayerCache | None) -> Tensor:
+    """Causal attention of new tokens to past ones and themselves: qk [B, T, 2, H, D], v [B, T, H, D] -> [B, T, H, D]"""
+    q, k = rotate(qk, rotary).transpose(1, 3).unbind(2)                                  # [B, H, T, D] both
+    v = v.transpose(1, 2)                                                                # [B, H, T, D]
+    if cache is not None:
+        k, v = cache.append(k, v)                                                        # [B, H, S, D] both
+    T, S, mask = q.shape[2], k.shape[2], None
+    if 1 < T < S:  # else one query sees all keys, or is_causal is true, which allows a faster kernel than a mask
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S).transpose(1, 2)
+
+
+class SwitchHead(nn.Module):
+    """Attention with dense queries and keys, and with A experts per head for values and outputs:
+
+        v_h = sum over top-J e of gate_v[h, e] * x W_v[h, e]          gates of the token attended to
+        a_h = softmax(q_h k_h^T / sqrt(D)) v_h                        causal
+        out = sum_h sum over top-J e of gate_o[h, e] * a_h W_o[h, e]  gates of the token that attends
+
+    One attention matrix serves all experts of a head, so that a few heads can have the parameters of many. Expert e of
+    head h is matrix h * A + e of w_v and w_o."""
+
+    def __init__(self, c: MoEUTConfig):
+        super().__init__()
+        C, H, D, A = c.n_embd, c.n_head, c.head_size, c.n_att_expert
+        self.w_qk = normal(c, 2 * H * D, C, fan_in=C)
+        self.router = Router(c, A, c.att_top_k, choices=(2, H))
+        self.w_v = normal(c, H * A, C, D, fan_in=C)
+        self.w_o = normal(c, H * A, D, C, fan_in=H * D)
+
+    def forward(self, x: Tensor, n: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """x, n [B, T, C] -> [B, T, C], and the usage of the experts [B, 2, H, A]."""
+        (B, T, _), (_, H, A), J = x.shape, self.router.shape, self.router.top_k
+        gate, expert, usage = self.router(n)                                             # [B, T, 2, H, J] both
+        qk = F.linear(n, self.w_qk).unflatten(-1, (2, H, -1))                            # [B, T, 2, H, D]
+        if A <= 4 and x.device.type == "cpu":  # all experts, most with gate 0: a training step takes a tenth less time
+            gates = gate.new_zeros(B, T, 2, H, A).scatter(-1, expert, gate).to(x.dtype).unsqueeze(-1)
+            v = (x @ self.w_v.transpose(0, 1).flatten(1)).view(B, T, H, A, -1) * gates[:, :, 0]      # [B, T, H, A, D]
+            a = attend(qk, v.sum(3), rotary, cache).unsqueeze(3) * gates[:, :, 1]        # [B, T, H, A, D]
+            return a.flatten(2) @ self.w_o.flatten(0, 1), usage                          # [B, T, C]
+        gate_v, gate_o = gate.unbind(2)                                                  # [B, T, H, J] both
+        matrix = expert + A * torch.arange(H, device=x.device).unsqueeze(1)              # [B, T, 2, H, J]
+        r_v, r_o = (route(m, H * A) for m in matrix.unbind(2))
+        v = cvmm(x.flatten(0, 1), self.w_v, r_v, fan_in=H * J, fan_out=J, gate=gate_v)   # [N * H, D]
+        a = attend(qk, v.view(B, T, H, -1), rotary, cache)                               # [B, T, H, D]
+        y = cvmm(a.flatten(0, 2), self.w_o, r_o, fan_in=J, fan_out=H * J, gate=gate_o)   # [N, C]
+        return y.view_as(x), usage
+
+
+class DenseAttention(nn.Module):
+    """Multi-head attention without biases. For a SwitchHead with one expert per head, where there is nothing to choose,
+    it has a gate on the output of each head."""
+
+    def __init__(self, c: MoEUTConfig):
+        super().__init__()
+        C, H, D = c.n_embd, c.n_head, c.head_size
+        self.w_qk, self.n_head = normal(c, 2 * H * D, C, fan_in=C), H
+        self.w_v, self.w_o = normal(c, H * D, C, fan_in=C), normal(c, C, H * D, fan_in=H * D)
+        self.w_gate = normal(c, H, C, fan_in=C) if c.attention == "moe" else None
+
+    def forward(self, x: Tensor, n: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, None]:
+        qk = F.linear(n, self.w_qk).unflatten(-1, (2, self.n_head, -1))                  # [B, T, 2, H, D]
+        v = F.linear(x, self.w_v).unflatten(-1, (self.n_head, -1))                       # [B, T, H, D]
+        a = attend(qk, v, rotary, cache)                                                 # [B, T, H, D]
+        if self.w_gate is not None:
+            a = a * F.linear(n, self.w_gate).sigmoid().unsqueeze(-1)                     # [B, T, H, D]
+        return F.linear(a.flatten(2), self.w_o), None                                    # [B, T, C]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layer and model
+
+
+class Layer(nn.Module):
+    """Attention and feedforward with their layernorms; one of the G that are repeated."""
+
+    def __init__(self, c: MoEUTConfig):
+        super().__init__()
+        self.layernorm, self.dropout = c.layernorm, nn.Dropout(c.dropout)
+        self.ln1, self.ln2 = nn.LayerNorm(c.n_embd), nn.LayerNorm(c.n_embd)
+        self.attention = SwitchHead(c) if c.attention == "moe" and c.n_att_expert > 1 else DenseAttention(c)
+        self.ffn = SigmaMoE(c) if c.ffn == "moe" else DenseFFN(c)
+
+    def forward(self, x: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, tuple]:
+        """x [B, T, C] -> [B, T, C], and the usage of attention and of feedforward experts, None where there is none."""
+        x, att_usage = self.residual(x, self.ln1, self.attention, rotary, cache)
+        x, ffn_usage = self.residual(x, self.ln2, self.ffn)
+        return x, (att_usage, ffn_usage)
+
+    def residual(self, x: Tensor, ln: nn.LayerNorm, module: nn.Module, *rest):
+        """x + module(x), with the layernorm in its place"""
+        if self.layernorm == "post":
+            y, usage = module(x, x, *rest)
+            return ln(x + self.dropout(y)), usage
+        n = ln(x)  # peri: only what goes into a softmax or sigmoid is normalised; what is transformed is not
+        y, usage = module(x if self.layernorm == "peri" else n, n, *rest)
+        return x + self.dropout(y), usage
+
+
+class Output(NamedTuple):
+    logits: Tensor  # [B, T, V]
+    loss: Tensor | None  # cross_entropy + reg: what to backpropagate; None without targets
+    cross_entropy: Tensor | None  # nats per token: what to report; None without targets
+    reg: Tensor  # weighted entropy regulariser; 0 in evaluation
+
+
+class MoEUT(nn.Module):
+    """The language model: embedding, L / G times the group of layers, layernorm, linear head."""
+
+    def __init__(self, c: MoEUTConfig):
+        super().__init__()
+        self.config = c
+        self.recompute = False  # activation checkpointing: keep one [B, T, C] per layer application
+        self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
+        nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(c.n_embd))
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.group_size))
+        self.ln = nn.Identity() if c.layernorm == "post" else nn.LayerNorm(c.n_embd)
+        self.head = nn.Linear(c.n_embd, c.vocab_size)  # with a bias, not tied to the embedding
+
+    def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
+        """Room for `capacity` tokens of `batch` sequences: a LayerCache for each of the L layer applications."""
+        w = self.head.weight
+        return [LayerCache(self.config, batch, capacity, w.device, w.dtype) for _ in range(self.config.n_layer)]
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: list[LayerCache] | None = None) -> Output:
+        """idx, targets [B, T] of token ids; a target of -1 is ignored. With a cache, idx continues the tokens in it,
+        without gradients. Any length works; positions beyond block_size were never trained. Raises ValueError for other
+        shapes and when the cache is full."""
+        if idx.dim() != 2 or not idx.numel() or targets is not None and targets.shape != idx.shape:
+            shapes = [tuple(t.shape) for t in (idx, targets) if t is not None]
+            raise ValueError(f"idx, targets have shapes {shapes}: [B, T] both, of at least one token.")
+        start = cache[0].length if cache else 0
+        rotary = rotary_table(self.config.head_size, start, start + idx.shape[1], idx.device)
+        usage = [[] for _ in self.layers]  # of each layer, one entry for each repeat
+
+        x = self.embedding(idx)                                                          # [B, T, C]
+        for i in range(self.config.n_layer):
+            g = i % self.config.group_size                                               # A B A B ...
+            layer = partial(checkpoint, self.layers[g], use_reentrant=False) if self.recompute else self.layers[g]
+            x, used = layer(x, rotary, cache and cache[i])                               # [B, T, C]
+            usage[g].append(used)
+        logits = self.head(self.ln(x))                                                   # [B, T, V]
+
+        reg = self.regulariser(usage)
+        if targets is None:
+            return Output(logits, None, None, reg)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return Output(logits, cross_entropy + reg, cross_entropy, reg)
+
+    def regulariser(self, usage) -> Tensor:
+        """Sum over the layers of the weighted negative entropy of expert usage, over all repeats and time steps of a
+        sequence together; the more evenly the experts are used, the lower. Without it a few experts could win every
+        token, and the others would never learn."""
+        total = torch.zeros((), device=self.head.weight.device)
+        for repeats in usage:
+            att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
+            for weight, used in ((2 * self.config.att_reg, att), (self.config.ffn_reg, ffn)):  # 2: values and outputs
+                if used[0] is not None:
+                    total = total + weight * negative_entropy(torch.stack(used).mean(0)).mean()
+        return total
+
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float | None = None, generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue idx [B, T]; yields the next token of every sequence, [B], max_new_tokens times. Call eval() first.
+
+        temperature 0 takes the most likely token. top_k keeps the k most likely tokens (not experts), top_p the fewest
+        that make up that probability. Only the newest block_size tokens of a prompt are read; whenever the context is
+        full, its newest half is read again and the rest forgotten. Raises ValueError for arguments without meaning."""
+        if idx.dim() != 2 or not idx.numel():
+            raise ValueError(f"idx has shape {tuple(idx.shape)}: it must be [B, T], of at least one token.")
+        if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
+            raise ValueError(
+                f"temperature is {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least 0, top_k at "
+                "least 1, top_p above 0 and at most 1.")
+        return self._tokens(idx, max_new_tokens, temperature, top_k, top_p, generator)
+
+    @torch.inference_mode()
+    def _tokens(self, idx, max_new_tokens, temperature, top_k, top_p, generator):
+        window = self.config.block_size
+        cache, fresh = self.new_cache(len(idx), window), idx[:, -window:]                # fresh: not in the cache yet
+        for _ in range(max_new_tokens):
+            if cache[0].length + fresh.shape[1] > window:
+                cache, fresh = self.new_cache(len(idx), window), idx[:, -max(window // 2, 1):]
+            logits = self(fresh, cache=cache).logits[:, -1].float()                      # [B, V]
+            fresh = sample_token(logits, temperature, top_k, top_p, generator)           # [B, 1]
+            idx = torch.cat((idx, fresh), dim=1)[:, -window:]
+            yield fresh.squeeze(1)
+
+
+def negative_entropy(p: Tensor) -> Tensor:
+    """sum_e p_e log p_e over the last dimension: 0 when one expert takes all, -log E when all are used alike. A p that
+    has underflowed adds nothing, and neither does its gradient, which is of the order of p."""
+    return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
+
+
+def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
+    """One token for each row of logits: [B, V] -> [B, 1]"""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)              # [B, V] both
+    if top_k is not None:
+        p[:, top_k:] = 0
+    if top_p is not None:
+        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
+    return token.gather(-1, p.multinomial(1, generator=generator))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets, and the authors' weights
+
+TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")  # the standard one, which the paper compares with
 PRESETS = {
     # Made for two CPU cores: the five architectures with the same number of parameters, within 0.5%. The Universal
-    # Transformer gets them by its width, 150: at width 64 its one feedforward would need 36 * 64 hidden units.
+    # Transformer gets them by its width.
     "tiny": dict(),  # MoEUT: the defaults above
     "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=481),
     "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=150, head_size=37, ffn_size=600),
     "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=15, expert_size=32, top_k=8),
-    "switchhead-tiny": dict(ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2,
-                            ffn_size=441),
+    "switchhead-tiny": dict(
+        ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2, ffn_size=441),
     # MoEUT needs 0.6 of the dense model's multiplications, as at the paper's larger sizes. Its experts are few and
     # large, because small matmuls keep a CPU waiting.
     "small": dict(n_embd=256, n_layer=8, head_size=32, n_expert=18, expert_size=320, block_size=256),
-    "dense-small": dict(TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, head_size=32, ffn_size=1024,
-                        block_size=256),
-    # The paper's sizes (its table of hyperparameters; SentencePiece vocabulary of 8000).
-    #                    C   L  G  H    D    E   K   A
-    "moeut-44M": _moeut(412, 16, 2, 4, 82, 155, 12, 8),
-    "moeut-126M": _moeut(768, 18, 2, 4, 96, 254, 12, 10),
-    "moeut-244M": _moeut(1024, 18, 2, 4, 128, 387, 16, 10),
-    "moeut-318M": _moeut(1024, 24, 3, 4, 128, 338, 16, 10),
-    "moeut-727M": _moeut(1280, 36, 4, 5, 128, 467, 20, 13),
-    "moeut-1B": _moeut(1536, 36, 4, 6, 128, 565, 24, 12),
-    # Its dense baselines.
-    #                    C   L   H   D  hidden
-    "dense-44M": _dense(412, 16, 10, 41, 2053),
-    "dense-126M": _dense(768, 16, 16, 48, 3072),
-    "dense-244M": _dense(1024, 18, 16, 64, 4110),
-    "dense-318M": _dense(1024, 24, 16, 64, 4110),
-    "dense-727M": _dense(1280, 36, 20, 64, 5120),
-    "dense-1B": _dense(1536, 36, 24, 64, 6144),
+    "dense-small": dict(
+        TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, head_size=32, ffn_size=1024, block_size=256),
 }
-
-
-def dense_counterpart(name: str) -> str:
-    """The preset of the standard Transformer with as many parameters."""
-    return "dense-" + name.split("-")[-1]
+for size, C, moeut, dense in (  # the paper's sizes: MoEUT, and the Transformer with as many parameters
+    #              L  G  H    D    E   K   A     L   H   D  hidden
+    ("44M", 412, (16, 2, 4, 82, 155, 12, 8), (16, 10, 41, 2053)),
+    ("126M", 768, (18, 2, 4, 96, 254, 12, 10), (16, 16, 48, 3072)),
+    ("244M", 1024, (18, 2, 4, 128, 387, 16, 10), (18, 16, 64, 4110)),
+    ("318M", 1024, (24, 3, 4, 128, 338, 16, 10), (24, 16, 64, 4110)),
+    ("727M", 1280, (36, 4, 5, 128, 467, 20, 13), (36, 20, 64, 5120)),
+    ("1B", 1536, (36, 4, 6, 128, 565, 24, 12), (36, 24, 64, 6144)),
+):
+    both = dict(n_embd=C, vocab_size=8000, block_size=1024, att_top_k=2)
+    names = "n_layer", "group_size", "n_head", "head_size"
+    PRESETS[f"moeut-{size}"] = both | dict(zip((*names, "n_expert", "top_k", "n_att_expert"), moeut, strict=True))
+    PRESETS[f"dense-{size}"] = both | TRANSFORMER | dict(zip((*names, "ffn_size"), dense[:1] + dense, strict=True))
 
 
 def preset(name: str, **changes) -> MoEUTConfig:
@@ -207,475 +466,30 @@ def preset(name: str, **changes) -> MoEUTConfig:
     return MoEUTConfig(**{**PRESETS[name], **changes})
 
 
-# ---------------------------------------------------------------------------------------------------
-# Parts shared by all layers
-
-
-class KVCache:
-    """Keys and values of all past tokens, preallocated for `capacity` of them. Not to be used where gradients are.
-
-    One entry per layer *application*: a layer that is repeated three times sees three different inputs. So repeating
-    layers makes the cache no smaller; having fewer heads does. dtype must be that of the keys and values.
-    """
-
-    def __init__(self, config: MoEUTConfig, batch: int, capacity: int, device=None, dtype=None):
-        shape = (2, config.n_layer, batch, config.n_head, capacity, config.head_size)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)                 # [2, L, B, H, capacity, D]
-        self.capacity = capacity
-        self.length = 0  # tokens stored; MoEUT.forward adds the new ones when all layers have appended theirs
-
-    def append(self, application: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, H, T, D] of the new tokens; return those of all tokens so far."""
-        end = self.length + k.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"KVCache: {end} tokens do not fit, capacity is {self.capacity}.")
-        keys, values = self.kv[0, application], self.kv[1, application]          # [B, H, capacity, D] both
-        if len(k) != len(keys):
-            raise ValueError(f"KVCache: it was made for a batch of {len(keys)}, not {len(k)}.")
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        return keys[:, :, :end], values[:, :, :end]
-
-
-def rotary_table(head_size: int, start: int, stop: int, device) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, P/2] for positions start..stop-1.
-
-    Pairs of dimensions of q and k are turned by an angle that grows with the position, so that their
-    product depends on the distance only. The first P dimensions of a head are rotated: half of them,
-    rounded down to an even number; the base is 10000.
-    """
-    rotated = head_size // 4 * 2                                                          # P
-    frequency = 10000 ** -(torch.arange(0, rotated, 2, device=device) / rotated)          # [P/2]
-    angle = torch.arange(start, stop, device=device).unsqueeze(1) * frequency             # [T, P/2]
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions for x [..., T, D]; dimension i of the rotated part is paired with i + P/2."""
-    cos, sin = (t.to(x.dtype) for t in rotary)                                   # [T, P/2]
-    half = cos.shape[-1]
-    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention. q [B, H, T, D]; k, v [B, H, S, D] with S >= T: queries are the last T positions."""
-    T, S = q.shape[2], k.shape[2]
-    if T == 1 or T == S:  # one query sees all keys; else is_causal, which allows a faster kernel than a mask
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-class Router(nn.Linear):
-    """Logits of all experts, [..., C] -> [..., n_choice * n_expert]: n_choice routers in one matrix. In float32 at
-    least, also under autocast: in bfloat16 half of the tokens have a tie at the top-K cut."""
-
-    def __init__(self, n_embd: int, n_expert: int, top_k: int, n_choice: int = 1):
-        super().__init__(n_embd, n_choice * n_expert, bias=False)
-        self.top_k, self.n_choice = top_k, n_choice  # read by train.py, which reports on the routing
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            return F.linear(x.to(dtype), self.weight.to(dtype))
-
-
-def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The experts with the top_k largest scores: gate and expert, both [..., top_k].
-
-    The score is a sigmoid, which keeps the order, so only the chosen logits need one.
-    """
-    chosen, expert = topk(logits, top_k)
-    return chosen.sigmoid(), expert
-
-
-def usage(logits: Tensor) -> Tensor:
-    """How much each expert is used over time: [B, T, ..., experts] -> [B, ..., experts]. Counts of choices have no
-    gradient; the mean probability under a softmax stands for them, although the gate is a sigmoid."""
-    return logits.softmax(-1).mean(1)
-
-
-def negative_entropy(p: Tensor) -> Tensor:
-    """sum_e p_e log p_e: 0 when one expert takes all, -log E when all are used alike.
-
-    A p that has underflowed adds nothing, and neither does its gradient, which is of the order of p.
-    """
-    return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Feedforward
-#
-# x is what is transformed, by the feedforward or into values; n is what routers, queries and keys read. Only with
-# peri-layernorm they differ: n = LN(x). `cast_weights` gives the expert weights in the precision of the matmuls;
-# the model calls it once per step and hands them on as `weights`, or autograd would keep a copy for every repeat.
-
-
-class DenseFFN(nn.Module):
-    """relu(x W_up + b_up) W_down + b_down"""
-
-    def __init__(self, c: MoEUTConfig):
-        super().__init__()
-        self.up = nn.Linear(c.n_embd, c.ffn_size)
-        self.down = nn.Linear(c.ffn_size, c.n_embd)
-
-    def init_weights(self, scale: float):
-        for linear in (self.up, self.down):
-            nn.init.normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
-            nn.init.zeros_(linear.bias)
-
-    def cast_weights(self):
-        return ()
-
-    def forward(self, x: Tensor, n: Tensor, weights) -> tuple[Tensor, None]:
-        """x [B, T, C] -> [B, T, C], and no logits."""
-        return self.down(self.up(x).relu()), None
-
-
-class SigmaMoE(nn.Module):
-    """sum over the top-K experts e of gate[e] * relu(x W_up[e]) W_down[e], with gate = sigmoid(n W_router)."""
-
-    def __init__(self, c: MoEUTConfig):
-        super().__init__()
-        self.top_k = c.top_k
-        self.router = Router(c.n_embd, c.n_expert, c.top_k)
-        self.w_up = nn.Parameter(torch.empty(c.n_expert, c.n_embd, c.expert_size))
-        self.w_down = nn.Parameter(torch.empty(c.n_expert, c.expert_size, c.n_embd))
-
-    def init_weights(self, scale: float):
-        E, C, F_ = self.w_up.shape
-        nn.init.normal_(self.router.weight, std=scale / math.sqrt(C))
-        nn.init.normal_(self.w_up, std=scale / math.sqrt(C))
-        nn.init.normal_(self.w_down, std=scale / math.sqrt(E * F_))  # E, not K: as in the paper's code
-
-    def cast_weights(self) -> tuple[Weight, Weight]:
-        return cast(self.w_up), cast(self.w_down)
-
-    def forward(self, x: Tensor, n: Tensor, weights) -> tuple[Tensor, Tensor]:
-        """x, n [B, T, C]: what the experts and what the router see. Returns [B, T, C] and logits."""
-        logits = self.router(n)                                                  # [B, T, E]
-        gate, expert = choose(logits.flatten(0, 1), self.top_k)                  # [N, K] both
-        routing = route(expert, logits.shape[-1])  # sorts the tokens by expert, once for both matmuls
-        out = expert_ffn(x.flatten(0, 1), *weights, gate, routing)               # [N, C]
-        return out.view_as(x), logits
-
-
-# ---------------------------------------------------------------------------------------------------
-# Attention
-#
-# `remember(k, v)` adds the new keys and values to the cache, if there is one, and returns those of all tokens.
-
-
-class DenseAttention(nn.Module):
-    """Multi-head attention without biases."""
-
-    def __init__(self, c: MoEUTConfig):
-        super().__init__()
-        self.n_head, self.head_size = c.n_head, c.head_size
-        self.qk = nn.Linear(c.n_embd, 2 * c.n_head * c.head_size, bias=False)
-        self.v = nn.Linear(c.n_embd, c.n_head * c.head_size, bias=False)
-        self.o = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=False)
-
-    def init_weights(self, scale: float):
-        for linear in (self.qk, self.v, self.o):
-            nn.init.normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
-
-    def cast_weights(self):
-        return ()
-
-    def queries_and_keys(self, n: Tensor, rotary) -> Tensor:
-        """n [B, T, C] -> [2, B, H, T, D], rotated."""
-        qk = self.qk(n).unflatten(-1, (2, self.n_head, self.head_size))          # [B, T, 2, H, D]
-        return rotate(qk.permute(2, 0, 3, 1, 4), rotary)                         # [2, B, H, T, D]
-
-    def forward(self, x: Tensor, n: Tensor, weights, rotary, remember) -> tuple[Tensor, None]:
-        """x, n [B, T, C]: what the values and what queries and keys are made of. Returns [B, T, C] and no logits."""
-        q, k = self.queries_and_keys(n, rotary)                                  # [B, H, T, D] both
-        v = self.v(x).unflatten(-1, (self.n_head, self.head_size))               # [B, T, H, D]
-        k, v = remember(k, v.transpose(1, 2))                                    # [B, H, S, D] both
-        a = attend(q, k, v)                                                      # [B, H, T, D]
-        return self.o(a.transpose(1, 2).flatten(2)), None
-
-
-class SwitchHead(DenseAttention):
-    """Attention with dense queries and keys, and with A experts per head for values and outputs:
-
-        v_h = sum over top-J e of gate_v[h, e] * x W_v[h, e]          (gates of the token attended to)
-        a_h = softmax(q_h k_h^T / sqrt(D)) v_h                        (causal)
-        out = sum_h sum over top-J e of gate_o[h, e] * a_h W_o[h, e]  (gates of the token that attends)
-
-    One attention matrix serves all experts of a head, so that a few heads can have the parameters of many.
-    Expert e of head h is matrix h * A + e of w_v and w_o.
-    """
-
-    def __init__(self, c: MoEUTConfig):
-        nn.Module.__init__(self)  # not DenseAttention's: values and outputs are experts here
-        self.n_head, self.head_size = c.n_head, c.head_size
-        self.n_expert, self.top_k = c.n_att_expert, c.att_top_k
-        self.qk = nn.Linear(c.n_embd, 2 * c.n_head * c.head_size, bias=False)
-        self.router = Router(c.n_embd, c.n_att_expert, c.att_top_k, n_choice=2 * c.n_head)  # per head: values, outputs
-        self.w_v = nn.Parameter(torch.empty(c.n_head * c.n_att_expert, c.n_embd, c.head_size))
-        self.w_o = nn.Parameter(torch.empty(c.n_head * c.n_att_expert, c.head_size, c.n_embd))
-
-    def init_weights(self, scale: float):
-        for w in (self.qk.weight, self.router.weight, self.w_v):
-            nn.init.normal_(w, std=scale / math.sqrt(self.qk.in_features))
-        nn.init.normal_(self.w_o, std=scale / math.sqrt(self.n_head * self.head_size))
-
-    def cast_weights(self) -> tuple[Weight, Weight]:
-        return cast(self.w_v), cast(self.w_o)
-
-    def forward(self, x: Tensor, n: Tensor, weights, rotary, remember) -> tuple[Tensor, Tensor]:
-        """x, n [B, T, C]: what the value experts see, and what q, k and the routers see.
-
-        Returns [B, T, C] and the logits [B, T, 2, H, A] of the routers for values and for outputs.
-        """
-        (B, T, _), H, J = x.shape, self.n_head, self.top_k
-        w_v, w_o = weights
-        logits = self.router(n).view(B, T, 2, H, self.n_expert)                  # [B, T, 2, H, A]
-        gate, expert = choose(logits, J)                                         # [B, T, 2, H, J] both
-        gate_v, gate_o = gate.flatten(0, 1).unbind(1)                            # [N, H, J] both
-        expert_v, expert_o = expert.flatten(0, 1).unbind(1)                      # [N, H, J] both
-
-        q, k = self.queries_and_keys(n, rotary)                                  # [B, H, T, D] both
-        v = expert_values(x.flatten(0, 1), w_v, gate_v, expert_v)                # [N, H, D]
-        k, v = remember(k, v.view(B, T, H, -1).transpose(1, 2))                  # [B, H, S, D] both
-        a = attend(q, k, v).transpose(1, 2)                                      # [B, T, H, D]
-        out = expert_outputs(a.flatten(0, 1), w_o, gate_o, expert_o)             # [N, C]
-        return out.view_as(x), logits
-
-
-# ---------------------------------------------------------------------------------------------------
-# Layer and model
-
-
-class Layer(nn.Module):
-    """Attention and feedforward with their layernorms; one of the G that are repeated."""
-
-    def __init__(self, c: MoEUTConfig):
-        super().__init__()
-        self.layernorm = c.layernorm
-        self.ln1 = nn.LayerNorm(c.n_embd)
-        self.attention = (SwitchHead if c.attention == "moe" else DenseAttention)(c)
-        self.ln2 = nn.LayerNorm(c.n_embd)
-        self.ffn = (SigmaMoE if c.ffn == "moe" else DenseFFN)(c)
-        self.dropout = nn.Dropout(c.dropout)
-
-    def cast_weights(self):
-        """The expert weights in the precision of the matmuls."""
-        return self.attention.cast_weights(), self.ffn.cast_weights()
-
-    def forward(self, x: Tensor, weights, rotary, remember=lambda k, v: (k, v)):
-        """x [B, T, C] -> [B, T, C], and the usage of attention and of feedforward experts: [B, 2, H, A] and [B, E],
-        None where there are none and in evaluation."""
-        att_weights, ffn_weights = weights
-        if self.layernorm == "post":
-            y, att_logits = self.attention(x, x, att_weights, rotary, remember)
-            x = self.ln1(x + self.dropout(y))
-            y, ffn_logits = self.ffn(x, x, ffn_weights)
-            x = self.ln2(x + self.dropout(y))
-        else:
-            # Peri: only what goes into a softmax or sigmoid is normalised (n); what is transformed is not (x).
-            n = self.ln1(x)
-            y, att_logits = self.attention(x if self.layernorm == "peri" else n, n, att_weights, rotary, remember)
-            x = x + self.dropout(y)
-            n = self.ln2(x)
-            y, ffn_logits = self.ffn(x if self.layernorm == "peri" else n, n, ffn_weights)
-            x = x + self.dropout(y)
-        att_usage = usage(att_logits) if self.training and att_logits is not None else None
-        ffn_usage = usage(ffn_logits) if self.training and ffn_logits is not None else None
-        return x, att_usage, ffn_usage
-
-
-class Output(NamedTuple):
-    logits: Tensor  # [B, T, vocab_size]
-    loss: Tensor | None  # cross entropy in nats per token; None without targets
-    reg: Tensor  # weighted entropy regulariser, to be added to the loss; 0 in evaluation and with a cache
-
-
-class MoEUT(nn.Module):
-    """The language model: embedding, n_repeat times the group of layers, layernorm, linear head."""
-
-    def __init__(self, config: MoEUTConfig):
-        super().__init__()
-        self.config = config
-        self.recompute = False  # activation checkpointing: keep one [B, T, C] per layer application
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.group_size))
-        self.ln = nn.Identity() if config.layernorm == "post" else nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size)  # with a bias, not tied to the embedding
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Normal with standard deviation sqrt(2 / L) / sqrt(fan in), L counting applications; the fan in
-        of w_down is E * F and that of w_o is H * D, as in the paper's code. The embedding has 1 / sqrt(C);
-        layernorms and head stay as PyTorch made them."""
-        nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(self.config.n_embd))
-        for layer in self.layers:
-            layer.attention.init_weights(math.sqrt(2 / self.config.n_layer))
-            layer.ffn.init_weights(math.sqrt(2 / self.config.n_layer))
-
-    @classmethod
-    def from_official(cls, state_dict: dict[str, Tensor], config: MoEUTConfig) -> "MoEUT":
-        """A model with the weights of the authors: of `MoEUTLM` in their clean repository (github.com/
-        RobertCsordas/moeut), or of the model in their training code (.../moeut_training_code).
-
-        Args: its state_dict(); the config, whose sizes must be those of the weights.
-        Raises ValueError when names or shapes do not fit. Shapes do not tell n_layer, top_k, att_top_k and layernorm:
-        those must be right in the config.
-        """
-        training = "output.weight" in state_dict
-        layer, head = ("unique_layers.{}.", "output") if training else ("transformer.layers.{}.", "lm_head")
-        names = OFFICIAL_TRAINING_NAMES if training else OFFICIAL_NAMES
-        theirs = {k: v for k, v in state_dict.items() if not k.endswith((".iter", ".kv_sel_counts_100"))}  # statistics
-        ours = {}
-        try:
-            for g in range(config.group_size):
-                for new, old in names.items():
-                    ours[f"layers.{g}.{new}"] = torch.cat([theirs.pop(layer.format(g) + name) for name in old.split()])
-            for new, old in {"embedding.weight": "embedding.weight", "ln.weight": "out_norm.weight",
-                             "ln.bias": "out_norm.bias", "head.weight": head + ".weight",
-                             "head.bias": head + ".bias"}.items():
-                ours[new] = theirs.pop(old)
-            model = cls(config)
-            model.load_state_dict(ours)
-        except KeyError as e:
-            raise ValueError(
-                f"These are not weights of the authors' MoEUT with this group_size: {e} is missing.") from None
-        except RuntimeError as e:
-            raise ValueError(
-                f"The config does not fit the authors' weights: {str(e).splitlines()[-1].strip()}") from None
-        if theirs:
-            raise ValueError(f"The authors' weights hold more than this config has room for: {next(iter(theirs))}.")
-        return model
-
-    def n_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Output:
-        """idx, targets [B, T] of token ids; a target of -1 is ignored. With a cache, idx continues the
-        tokens in it. Any length works; positions beyond block_size were never trained."""
-        start = 0 if cache is None else cache.length
-        rotary = rotary_table(self.config.head_size, start, start + idx.shape[1], idx.device)
-        weights = [layer.cast_weights() for layer in self.layers]  # once per step, not once per repeat
-        att_usage = [[] for _ in self.layers]
-        ffn_usage = [[] for _ in self.layers]
-
-        x = self.embedding(idx)                                                  # [B, T, C]
-        for repeat in range(self.config.n_repeat):
-            for g, layer in enumerate(self.layers):
-                if cache is not None:
-                    application = repeat * self.config.group_size + g
-                    x, *_ = layer(x, weights[g], rotary, partial(cache.append, application))
-                    continue
-                if self.recompute and torch.is_grad_enabled():
-                    x, att, ffn = checkpoint(layer, x, weights[g], rotary, use_reentrant=False)
-                else:
-                    x, att, ffn = layer(x, weights[g], rotary)
-                att_usage[g].append(att)
-                ffn_usage[g].append(ffn)
-        if cache is not None:
-            cache.length += idx.shape[1]
-
-        logits = self.head(self.ln(x))                                           # [B, T, vocab_size]
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return Output(logits, loss, self.regulariser(att_usage, ffn_usage, idx.device))
-
-    def regulariser(self, att_usage, ffn_usage, device) -> Tensor:
-        """Sum over the layers of the weighted negative entropy of expert usage, over all repeats and time
-        steps of a sequence together; the more evenly the experts are used, the lower. Without it a few
-        experts could win every token, and the others would never learn."""
-        total = torch.zeros((), dtype=torch.float32, device=device)
-        for att, ffn in zip(att_usage, ffn_usage):  # of all repeats of one layer
-            if att and att[0] is not None:                                       # [B, 2, H, A] each
-                evenness = negative_entropy(torch.stack(att).mean(0))            # [B, 2, H]
-                total = total + self.config.att_reg * evenness.mean((0, 2)).sum()  # mean over heads, sum of v and o
-            if ffn and ffn[0] is not None:                                       # [B, E] each
-                total = total + self.config.ffn_reg * negative_entropy(torch.stack(ffn).mean(0)).mean()
-        return total
-
-    @torch.inference_mode()
-    def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """Continue idx [B, T], T >= 1; yields the next token of every sequence, [B], max_new_tokens times.
-
-        temperature 0 takes the most likely token. top_k keeps the k most likely tokens (not experts), top_p the
-        fewest that make up that probability. Only the newest block_size tokens of a prompt are read; whenever
-        the context is full, its newest half is read again and the rest forgotten. Call eval() first.
-        Raises ValueError for a temperature, top_k or top_p that makes no sense.
-        """
-        if not temperature >= 0 or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(
-                f"temperature is {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least 0, top_k at "
-                "least 1, top_p above 0 and at most 1.")
-        window = self.config.block_size
-        cache = KVCache(self.config, len(idx), window, idx.device, self.head.weight.dtype)
-        fresh = idx[:, -window:]  # tokens that are not in the cache yet
-        for _ in range(max_new_tokens):
-            if cache.length + fresh.shape[1] > window:
-                cache.length, fresh = 0, idx[:, -max(window // 2, 1):]
-            logits = self(fresh, cache=cache).logits[:, -1].float()              # [B, vocab_size]
-            fresh = sample_token(logits, temperature, top_k, top_p, generator)   # [B, 1]
-            idx = torch.cat((idx, fresh), dim=1)[:, -window:]
-            yield fresh.squeeze(1)
-
-
-def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
-    """One token for each row of logits [B, vocab_size] -> [B, 1]"""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)      # [B, vocab_size] both
-    if top_k is not None:
-        p[:, top_k:] = 0
-    if top_p is not None:
-        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
-    return token.gather(-1, p.multinomial(1, generator=generator))
-
-
-# ---------------------------------------------------------------------------------------------------
-# Names in the authors' code, and the printed table of presets
-
-# Our names of a layer's parameters -> those of their clean repository; two of theirs are concatenated
-OFFICIAL_NAMES = {
-    "attention.qk.weight": "attention.q.weight attention.k.weight",
-    "attention.router.weight": "attention.sel_v attention.sel_o",
-    "attention.w_v": "attention.v", "attention.w_o": "attention.o",
-    "ffn.w_up": "ffn.keys", "ffn.w_down": "ffn.values", "ffn.router.weight": "ffn.expert_sel",
-    **{f"{ln}.{kind}": f"{ln}.{kind}" for ln in ("ln1", "ln2") for kind in ("weight", "bias")},
-}
-OFFICIAL_TRAINING_NAMES = {  # ... of their training code
-    "attention.qk.weight": "self_attn.projections.q self_attn.projections.k",
-    "attention.router.weight": "self_attn.selections.v self_attn.selections.o",
-    "attention.w_v": "self_attn.projections.v", "attention.w_o": "self_attn.projections.o",
-    "ffn.w_up": "pkm.keys", "ffn.w_down": "pkm.values", "ffn.router.weight": "pkm.expert_sel",
-    "ln1.weight": "self_attn.norm.weight", "ln1.bias": "self_attn.norm.bias",
-    "ln2.weight": "pkm.norm.weight", "ln2.bias": "pkm.norm.bias",
-}
-
-
-def count_params(config: MoEUTConfig) -> int:
-    with torch.device("meta"):  # sizes without memory
-        return MoEUT(config).n_params()
-
-
-def print_presets():
-    """A line for each preset: its sizes, and what a token costs."""
-    print(f"{'preset':16} {'parameters':>13} {'active':>13} {'MACs/token':>13} {'/ dense':>7} {'KV cache':>11}")
-    for name in PRESETS:
-        config, dense = preset(name), preset(dense_counterpart(name))
-        n_params, macs = count_params(config), config.macs_per_token()
-        kv = 2 * config.n_layer * config.n_head * config.head_size * 2  # keys and values, of two bytes
-        print(f"{name:16} {n_params:13,} {n_params - config.idle_params():13,} {macs:13,} "
-              f"{macs / dense.macs_per_token():7.2f} {kv:11,}")
-    print("""
-active: without the experts that a token does not choose in one pass of the group. MACs: multiply-accumulates of
-the forward pass at the training context, embedding and head left out. KV cache: bytes per token in 16 bits.""")
-
-
-if __name__ == "__main__":
-    print_presets()
+def from_authors(state_dict: dict[str, Tensor], config: MoEUTConfig) -> MoEUT:
+    """A model with the weights of the authors: of `MoEUTLM` in their repository, github.com/RobertCsordas/moeut, or of
+    the model in their training code, .../moeut_training_code. Shapes do not tell n_layer, top_k, att_top_k, layernorm:
+    those must be right in the config. Raises ValueError when names or shapes do not fit."""
+    weights, model = {}, MoEUT(config)
+    for name, weight in state_dict.items():
+        for theirs, ours in (
+            ("unique_layers.", "layers."), ("transformer.layers.", "layers."), ("self_attn.norm.", "ln1."),
+            ("pkm.norm.", "ln2."), ("self_attn.selections.", "attention.sel_"),
+            ("self_attn.projections.", "attention."), ("attention.q.weight", "attention.q"),
+            ("attention.k.weight", "attention.k"), ("attention.v", "attention.w_v"), ("attention.o", "attention.w_o"),
+            ("pkm.", "ffn."), ("ffn.keys", "ffn.w_up"), ("ffn.values", "ffn.w_down"),
+            ("ffn.expert_sel", "ffn.router.w"), ("out_norm.", "ln."), ("lm_head.", "head."), ("output.", "head."),
+        ):
+            name = name.replace(theirs, ours)
+        if not name.endswith((".iter", ".kv_sel_counts_100")):  # statistics
+            weights[name] = weight
+    merged = {"w_qk": ("q", "k"), "w_gate": ("sel_o",), "router.w": ("sel_v", "sel_o")}
+    try:
+        for name, _ in model.named_parameters():
+            layer, _, ours = name.rpartition("attention.")
+            if layer and ours in merged:
+                weights[name] = torch.cat([weights.pop(f"{layer}attention.{theirs}") for theirs in merged[ours]])
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as e:  # a name is missing, or load_state_dict tells what is wrong
+        raise ValueError(f"The authors' weights do not fit the config: {str(e).splitlines()[-1].strip()}") from None
+    return model

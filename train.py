@@ -3,997 +3,686 @@
     python train.py                                  the Python standard library, on whatever device is there
     python train.py --data=book.txt                  your text: files, folders, patterns
     python train.py --resume                         go on where a run stopped
-    python train.py --preset=moeut-44M --n_layer=8   another model
-    python train.py --init_from=other/run            begin with the weights of another run, or of the paper's authors
-    torchrun --nproc_per_node=4 train.py             data parallel on four GPUs (on a CPU it is so by itself)
-    python train.py --bench                          speed and memory beside the dense Transformer, nothing is trained
+    python train.py --preset=moeut-44M --data=...    another model, with its recipe: here the paper's run
+    python train.py --init_from=runs/a --out=runs/b  begin with the weights and the tokenizer of another run
+    torchrun --nproc_per_node=4 train.py             data parallel on four GPUs
+    python train.py --bench                          a step and decoding, in turn with the dense Transformer's
     python train.py --compare runs/*                 results of finished runs, over seeds
 
-From top to bottom: the options; the tokenizer; text to tokens; checkpoints; training; the bench; the comparison.
+From top to bottom: options and recipes; tokenizer; text to tokens; checkpoints; training; bench and comparison.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C before there is anything to save: leave at once, without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
-import atexit
-import base64
 import codecs
-import contextlib
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
-import os
-import signal
-import socket
-import statistics
-import subprocess
 import sys
-import sysconfig
 import time
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+import rustbpe
 import tiktoken
 import torch
 import torch.distributed as dist
 
-import cvmm
-from moeut import PRESETS, MoEUT, MoEUTConfig, Router, count_params, dense_counterpart, preset
+from cvmm import backend
+from moeut import PRESETS, MoEUT, MoEUTConfig, preset
 
-# ---------------------------------------------------------------------------------------------------
-# Options: one dataclass is the command line
+# ---------------------------------------------------------------------------------------------------------------------
+# Options and recipes: a dataclass is the command line, with the range of every number beside it
 
 
-def option(default, help: str):
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+class UserError(Exception):
+    """What is wrong and what to do about it, in one sentence. `cli` prints it."""
+
+
+def option(default, help: str, low=-math.inf, below=math.inf, choices=None):
+    """A field of a dataclass, and what the command line accepts for it: low <= number < below, or one of choices."""
+    make = dict(default_factory=list) if default == [] else dict(default=default)
+    return field(**make, metadata=dict(help=help, choices=choices, range=(low, below)))
 
 
 @dataclass
 class Options:
     data: list[str] = option([], "text files, folders or patterns; none: the Python standard library")
-    tokenizer: str = option("bytes", "bytes, a name known to tiktoken such as gpt2, a .tiktoken file, or a SentencePiece .model")
-    out: str = option("out", "folder for the checkpoint and the tokenized text")
-    resume: bool = option(False, "go on from the checkpoint in --out, with the options it was started with")
-    preset: str = option("tiny", "model to start from (see PRESETS in moeut.py)")
-    init_from: str = option("", "begin with the weights of a checkpoint: of this program or of the paper's authors")
-    steps: int = option(1100, "optimizer steps")
-    tokens_per_step: int = option(2048, "tokens for one optimizer step, over all processes")
-    batch_size: int = option(8, "sequences at a time; the rest of a step is accumulated")
-    lr: float = option(5e-3, "peak learning rate; the paper: 2.5e-4")
-    warmup: int = option(50, "steps of linear warmup")
-    hold: float = option(0.6, "the peak is held until this share of the steps, then a cosine; the paper: 0, all cosine")
-    final_lr: float = option(0.02, "where the cosine ends, as a fraction of the peak; the paper: 0.1")
-    weight_decay: float = option(0.1, "of AdamW, on all parameters; the paper: 0.01")
-    beta1: float = option(0.7, "of AdamW; the paper: 0.9, better for longer runs")
-    beta2: float = option(0.99, "of AdamW; the paper: 0.999")
-    grad_clip: float = option(1.0, "largest gradient norm; the paper: 0.1 for the 44M model, else 0.25")
-    seed: int = option(0, "of the initialisation and of the order of the batches")
-    eval_interval: int = option(220, "steps between evaluations, each with a checkpoint and a sample")
-    eval_tokens: int = option(16384, "validation tokens of one evaluation; the last one takes 8 times as many")
-    log_interval: int = option(50, "steps between log lines")
-    sample_tokens: int = option(160, "length of the samples printed during training")
+    tokenizer: str = option("bpe", "bpe (trained on the text), bytes, or a name known to tiktoken")
+    out: str = option("out", "folder of the run")
+    resume: bool = option(False, "go on from the last checkpoint in --out, with the options it was started with")
+    preset: str = option("tiny", "model and recipe: PRESETS in moeut.py, RECIPES in train.py", choices=PRESETS)
+    init_from: str = option("", "begin with the weights and the tokenizer of a run of this program")
+    steps: int = option(1100, "optimizer steps", 1)
+    tokens_per_step: int = option(2048, "tokens for one optimizer step, over all processes", 1)
+    batch_size: int = option(16, "sequences at a time in a process; the rest of a step is accumulated", 1)
+    lr: float = option(5e-3, "peak learning rate", 1e-12)
+    warmup: int = option(50, "steps of linear warmup", 0)
+    hold: float = option(0.6, "share of the steps before the learning rate falls, as a cosine", 0, 1)
+    final_lr: float = option(0.02, "where the cosine ends, as a share of the peak", 0)
+    weight_decay: float = option(0.1, "of AdamW, on all parameters", 0)
+    beta1: float = option(0.7, "of AdamW", 0, 1)
+    beta2: float = option(0.99, "of AdamW", 0, 1)
+    grad_clip: float = option(1.0, "largest gradient norm", 1e-12)
+    seed: int = option(0, "of the initial weights, the order of the batches and dropout", 0, 2**32)
+    eval_interval: int = option(220, "steps between evaluations, each with a checkpoint and a sample", 1)
+    eval_tokens: int = option(16384, "validation tokens of one evaluation; the last one takes 8 times as many", 1)
+    log_interval: int = option(50, "steps between log lines", 1)
+    sample_tokens: int = option(120, "length of the samples", 0)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    processes: int = option(0, "on a CPU, data-parallel processes that share its cores; 0: as many as cores, up to 4")
-    dtype: str = option("auto", "precision of the matmuls: auto, float32, bfloat16, float16")
-    compile: str = option("auto", "torch.compile: auto (on CUDA), yes, no")
+    dtype: str = option("auto", "precision of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = option("auto", "torch.compile; auto is yes on CUDA", choices=("auto", "yes", "no"))
     recompute: bool = option(False, "activation checkpointing: less memory, more time")
-    bench: bool = option(False, "train MoEUT and the dense Transformer with as many parameters in turn, on random tokens, "
-                                "and print the ratios")
+    wandb: bool = option(False, "also log to Weights & Biases")
+    bench: bool = option(False, "time the model in turn with the dense Transformer of its size; train nothing")
     compare: list[str] = option([], "folders of finished runs: print their results side by side")
 
 
-def write_aside(path: Path, write):
-    """Call write(other path), then rename to path: a crash never leaves half a file."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+SMALL = dict(batch_size=8, lr=2e-3, beta1=0.9, steps=2000)
+PAPER = dict(steps=100_000, tokens_per_step=65_536, lr=2.5e-4, warmup=4000, hold=0.0, final_lr=0.1, weight_decay=0.01,
+             beta1=0.9, beta2=0.999, grad_clip=0.25, eval_interval=1000, eval_tokens=262_144)
+RECIPES = {  # of each preset: what differs from the defaults above, which are those of the tiny models
+    name: {} if "tiny" in name else SMALL if "small" in name else PAPER for name in PRESETS}
+RECIPES["moeut-44M"] = RECIPES["dense-44M"] = PAPER | dict(warmup=0, grad_clip=0.1)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one sentence, without the page of usage
-        self.exit(2, f"{self.prog}: {message}; --help lists all options.\n")
+        raise UserError(f"{message}; --help lists all options.")
 
 
-def parse_options(cls, doc: str, extra=None, argv=None) -> dict:
-    """The options given on the command line, and only those, by name.
-
-    cls is a dataclass whose fields carry a help text; extra is one whose fields may be given as well.
-    """
+def parse(cls, doc: str, more=None) -> tuple[dict, dict]:
+    """What is given on the command line, and only that: fields of the dataclass cls, and of the dataclass more."""
     parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model", "change a field of the preset; MoEUTConfig in moeut.py explains them")
-    for owner, target in ((cls, parser), (extra, model)):
-        for f in fields(owner) if owner else ():
-            default = f.default if f.default is not MISSING else f.default_factory()
-            text = f.metadata.get("help")
-            kind = dict(type=type(default), metavar=type(default).__name__.upper())
-            if isinstance(default, bool):
-                kind = dict(action=argparse.BooleanOptionalAction)
-            elif isinstance(default, list):
-                kind = dict(nargs="+", metavar="PATH")
-            elif text and default != "":
-                text += f" (default {default})"
-            names = {f"--{f.name}", f"--{f.name.replace('_', '-')}"}
-            target.add_argument(*sorted(names), dest=f.name, default=argparse.SUPPRESS, help=text, **kind)
-    return vars(parser.parse_args(argv))
+    for f in (*fields(cls), *(fields(more) if more else ())):
+        default = [] if f.default is MISSING else f.default
+        kind = dict(type=type(default), metavar=type(default).__name__.upper(), choices=f.metadata.get("choices"))
+        kind = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(nargs="+")}.get(type(default), kind)
+        text = f.metadata.get("help", f"the model's, see {more and more.__name__}") + f" ({default})" * bool(default)
+        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"})
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, **kind)
+    given = vars(parser.parse_args())
+    mine = {f.name: given.pop(f.name) for f in fields(cls) if f.name in given}
+    for f in fields(cls):
+        value, (low, below) = mine.get(f.name), f.metadata["range"]
+        if value in ("", [""]) or type(value) in (int, float) and not low <= value < below:
+            rule = f"at least {low} and below {below}" if type(value) in (int, float) else "not empty"
+            raise UserError(f"--{f.name} is {value!r}: it must be {rule}.")
+    return mine, given
 
 
-def check(options: Options):
-    """Refuse numbers that make no sense, in one sentence."""
-    least = dict.fromkeys(("steps", "tokens_per_step", "batch_size", "eval_interval", "eval_tokens", "log_interval"), 1)
-    least |= dict.fromkeys(("processes", "warmup", "weight_decay", "sample_tokens", "final_lr", "seed"), 0)
-    for name, low in least.items():
-        if not low <= getattr(options, name) < 2**63:
-            sys.exit(f"--{name} is {getattr(options, name)}: it must be at least {low}.")
-    for name in ("lr", "grad_clip"):
-        if not 0 < getattr(options, name) < math.inf:
-            sys.exit(f"--{name} is {getattr(options, name)}: it must be above 0.")
-    for name in ("beta1", "beta2", "hold"):
-        if not 0 <= getattr(options, name) < 1:
-            sys.exit(f"--{name} is {getattr(options, name)}: it must be at least 0 and below 1.")
-    if Path(options.out).exists() and not Path(options.out).is_dir():
-        sys.exit(f"--out is {options.out}, which is a file: give a folder.")
-    for name, choices in {"dtype": ("auto", "float32", "bfloat16", "float16"), "compile": ("auto", "yes", "no")}.items():
-        if getattr(options, name) not in choices:
-            sys.exit(f"--{name} is {getattr(options, name)!r}: choose one of {', '.join(choices)}.")
+def cli(main):
+    """Run a script. What stops it is said in one sentence, here and nowhere else."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # for terminals that know fewer characters than the text has
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as e:
+        sys.exit(str(e))
+    except BrokenPipeError:  # such as `| head`
+        os._exit(141)
+    except OSError as e:
+        sys.exit(f"{e.filename or 'Output'}: {e.strerror or e}.")
+    except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+            sys.exit("This does not fit into memory: take a smaller --batch_size, --recompute, or a smaller model.")
+        if dist.is_initialized() and "onnection" in str(e):
+            sys.exit("Another process of this run has ended, so this one does: --resume goes on from the checkpoint.")
+        raise
 
 
-# ---------------------------------------------------------------------------------------------------
-# Device
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer: a tiktoken.Encoding, made from a `spec` of plain data that a checkpoint can hold
+
+END_OF_TEXT = "<|endoftext|>"
+WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # bytes are merged within these
+
+
+def make_spec(name: str, texts, vocab_size: int) -> dict:
+    """Of the tokenizer of that name: pattern, tokens in the order of their ids, special tokens. bpe is trained on the
+    texts, and has fewer tokens than vocab_size if there is nothing left to merge."""
+    if name == "bytes":
+        return dict(name=name, pattern=r"(?s:.)", tokens=[bytes([i]) for i in range(256)], special={END_OF_TEXT: 256})
+    if name == "bpe":
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(texts, max(vocab_size - 1, 256), pattern=WORDS)
+        tokens = [bytes(token) for token, _ in trainer.get_mergeable_ranks()]
+        return dict(name=name, pattern=WORDS, tokens=tokens, special={END_OF_TEXT: len(tokens)})
+    if name not in (known := tiktoken.list_encoding_names()):
+        raise UserError(f"--tokenizer is {name!r}: it must be bpe, bytes, or one of tiktoken's {', '.join(known)}.")
+    try:
+        e = tiktoken.get_encoding(name)
+    except Exception:  # whatever a download may raise
+        raise UserError(f"--tokenizer={name} cannot be downloaded: without a network use bpe or bytes.") from None
+    tokens = sorted(e._mergeable_ranks, key=e._mergeable_ranks.get)
+    return dict(name=name, pattern=e._pat_str, tokens=tokens, special=e._special_tokens)
+
+
+class Tokenizer:
+    def __init__(self, spec: dict):
+        self.spec, self.name, self.tokens, self.end = spec, spec["name"], spec["tokens"], spec["special"][END_OF_TEXT]
+        encoding = tiktoken.Encoding(
+            self.name, pat_str=spec["pattern"], mergeable_ranks={t: i for i, t in enumerate(self.tokens)},
+            special_tokens=spec["special"])
+        self.n_vocab = encoding.n_vocab
+        self.encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())  # text -> ids
+
+    def stream(self, ids):
+        """Text of the tokens as they come, in whole characters, up to the end of text."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in itertools.takewhile(lambda i: i != self.end, ids):
+            yield decoder.decode(self.tokens[i] if i < len(self.tokens) else b"")  # the others pad the vocabulary
+        yield decoder.decode(b"", final=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text to tokens, in memory-mapped files of the user's cache folder that all runs on the same text share
+
+
+def find_files(patterns: list[str]) -> list[Path]:
+    """The files that --data names, each once; in a folder not the hidden ones, nor those of a run of this program."""
+    if not patterns:  # the standard library: real code and prose, on every machine
+        root, skip = Path(os.__file__).parent, {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+    files = set()
+    for pattern in patterns:
+        found = set()
+        for top in map(Path, [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)):
+            inside = (p for p in top.rglob("*") if not any(part[0] == "." for part in p.relative_to(top).parts))
+            found |= {p for p in inside if not (p.parent / "metrics.jsonl").exists()} if top.is_dir() else {top}
+        if not any(map(Path.is_file, found)):
+            raise UserError(f"--data: there is no text at {pattern!r}: give a file, a folder with files, or a pattern.")
+        files |= {p.resolve() for p in found if p.is_file()}
+    return sorted(files)
+
+
+def texts(path: Path):
+    """The text of a file in pieces of whole lines, about a megabyte each. Raises UnicodeDecodeError."""
+    with open(path, encoding="utf-8", newline="") as file:
+        while lines := file.readlines(1 << 20):
+            yield "".join(lines)
+
+
+def read_documents(files: list[Path]) -> list[tuple[str, int, Path]]:
+    """(hash, characters, path) of every file, in the order of the hashes; what is not UTF-8 is left out whole."""
+    documents = []
+    for path in files:
+        digest, n = hashlib.sha256(), 0
+        try:
+            for text in texts(path):
+                digest.update(text.encode())
+                n += len(text)
+            documents.append((digest.hexdigest(), n, path))
+        except UnicodeDecodeError:
+            print(f"left out, because it is not UTF-8 text: {path}", flush=True)
+    return sorted(documents)
+
+
+def split(documents):
+    """(part, text) of all documents: part 0 for training, 1 for validation, the last tenth of all characters. Where a
+    document ends, the text is None."""
+    left = int(0.9 * sum(n for _, n, _ in documents))  # characters for training
+    for _, _, path in documents:
+        for text in texts(path):
+            yield 0, text[:left]
+            yield 1, text[left:]
+            left = max(left - len(text), 0)
+        yield int(left == 0), None
+
+
+def write_aside(path: Path, write):
+    """Call write(another path), then rename it to path: whatever happens, there is never half a file."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except RuntimeError:  # of torch.save
+        raise UserError(f"{path} cannot be written. Is the disk full? What was saved before is kept.") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_text(patterns: list[str], name: str, vocab_size: int, tokenizer: Tokenizer | None):
+    """Returns the tokenizer, made from its name and the text if it is not given; the tokens for training and for
+    validation, where `end` closes every document; what turns nats per token into bits per byte, for both; a hash."""
+    files = find_files(patterns)
+    documents = functools.cache(lambda: read_documents(files))
+    if not tokenizer:
+        train = (text for part, text in split(documents()) if part == 0 and text) if name == "bpe" else ()
+        tokenizer = Tokenizer(make_spec(name, itertools.islice(train, 200), vocab_size))  # of at most 200 MB
+    dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32)
+    key = repr([tokenizer.spec, [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeut"
+    path = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+    def write(part: Path):  # a header of 64 bytes: tokens of both parts, bytes of both, hash; then the tokens
+        count, shown = np.zeros((2, 2), np.int64), time.time()
+        with open(part, "wb") as file:
+            file.write(bytes(64))
+            for which, text in split(documents()):
+                ids = [tokenizer.end] if text is None else tokenizer.encode(text)
+                file.write(np.asarray(ids, dtype).tobytes())
+                count[:, which] += len(ids), len((text or "").encode())
+                if time.time() - shown > 2:
+                    shown = time.time()
+                    print(f"tokenizing: {count[1].sum() / 1e6:.0f} MB", flush=True)
+            file.seek(0)
+            file.write(count.tobytes() + hashlib.sha256("".join(d for d, _, _ in documents()).encode()).digest())
+
+    for _ in range(2):
+        try:
+            n_train, n_val, *n_bytes, _, _, _, _ = header = np.fromfile(path, np.int64, 8).tolist()
+            tokens = np.memmap(path, dtype, "r", 64, (n_train + n_val,))
+            break
+        except (OSError, ValueError):  # not there, or damaged
+            write_aside(path, write)
+    bits = [n / max(b, 1) / math.log(2) for n, b in zip((n_train, n_val), n_bytes, strict=True)]
+    return tokenizer, tokens[:n_train], tokens[n_train:], bits, header[4:]
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(seed: int, epoch: int, n: int, n_offsets: int) -> tuple[np.ndarray, int]:
+    """The order of an epoch's n windows, and where the first of them begins."""
+    rng = np.random.default_rng((seed, epoch))
+    return rng.permutation(n), int(rng.integers(n_offsets))
+
+
+def windows(data: np.ndarray, T: int, numbers, seed: int) -> list[np.ndarray]:
+    """The training windows of these numbers, T + 1 tokens each. Every epoch cuts the text anew and visits all windows
+    once. What a number stands for does not depend on batch size, processes or interruptions."""
+    n, found = max((len(data) - T - 1) // T, 1), []
+    for epoch, i in (divmod(number, n) for number in numbers):
+        order, offset = shuffled(seed, epoch, n, min(T, len(data) - n * T))
+        found.append(data[offset + order[i] * T :][: T + 1])
+    return found
+
+
+def to_device(windows: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets [B, T], one token apart."""
+    batch = torch.from_numpy(np.stack(windows).astype(np.int64))
+    batch = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
+    return batch[:, :-1], batch[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: one file of plain data and tensors, with all that sampling and --resume need
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What is in the file, or in last.pt of the folder."""
+    path = path / "last.pt" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"There is no checkpoint at {path}: `python train.py` makes one, --out says where.")
+    try:
+        with torch.serialization.safe_globals([(dict, "framework.data_structures.dotdict.DotDict")]):  # of the authors
+            return dict(torch.load(path, map_location="cpu", weights_only=True).items())
+    except Exception:  # whatever a foreign file may raise
+        raise UserError(f"{path} is not a checkpoint, or it is damaged.") from None
+
+
+def load_model(path: Path) -> tuple[MoEUT, Tokenizer, dict]:
+    """The model and the tokenizer of a checkpoint, and all that it holds."""
+    stored = read_checkpoint(path)
+    try:
+        model = MoEUT(MoEUTConfig(**stored["config"]))
+        model.load_state_dict(stored["model"])
+        return model, Tokenizer(stored["tokenizer"]), stored
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise UserError(f"{path} does not hold a model that this program has saved.") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "L4": 121, "T4": 65}  # TFLOP/s
 
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        return torch.zeros(1, device=device).device
+        if torch.device(name).type in ("cpu", "cuda", "mps"):
+            return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        sys.exit(f"There is no device {name!r} on this machine: --device=cpu always works.")
+        pass
+    raise UserError(f"There is no device {name!r} on this machine: --device=cpu always works.")
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What the device is fast in: bfloat16 on newer GPUs, float16 on older ones and on Apple's. CPUs
-    without matrix units multiply bfloat16 at half the speed of float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float16 if device.type == "mps" else torch.float32
-
-
-# ---------------------------------------------------------------------------------------------------
-# Tokenizer: a tiktoken.Encoding, described by plain data so that a checkpoint can hold it
-
-END_OF_TEXT = "<|endoftext|>"
-
-
-def load_tokenizer(name: str) -> dict:
-    """What defines the tokenizer of that name: pat_str, mergeable_ranks and special_tokens, or a SentencePiece model."""
-    if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        return dict(name=name, pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
-    if name.endswith(".tiktoken"):
-        try:
-            lines = Path(name).read_bytes().splitlines()
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(bytes.split, filter(None, lines))}
-        except OSError as e:
-            sys.exit(f"The tokenizer {name} cannot be read: {e.strerror}.")
-        except ValueError:
-            ranks = {}
-        if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
-            sys.exit(f"{name} is not a .tiktoken file: each line must hold a token in base64 and its rank.")
-        words = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-        return dict(name=name, pat_str=words, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
-    if name.endswith(".model"):
-        try:
-            return dict(name=name, sentencepiece=Path(name).read_bytes())
-        except OSError as e:
-            sys.exit(f"The tokenizer {name} cannot be read: {e.strerror}.")
-    if name not in tiktoken.list_encoding_names():
-        sys.exit(f"There is no tokenizer {name!r}: give bytes, a .tiktoken or .model file, or one of {', '.join(tiktoken.list_encoding_names())}.")
-    try:
-        e = tiktoken.get_encoding(name)
-    except Exception:
-        sys.exit(f"The tokenizer {name} could not be downloaded: without a network use --tokenizer=bytes or a .tiktoken file.")
-    return dict(name=name, pat_str=e._pat_str, mergeable_ranks=e._mergeable_ranks, special_tokens=e._special_tokens)
-
-
-class SentencePiece:
-    """A SentencePiece model as far as Tokenizer needs a tiktoken.Encoding. The authors' models have such tokenizers."""
-
-    def __init__(self, name: str, sentencepiece: bytes):
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError:
-            sys.exit(f"The tokenizer {name} needs the package sentencepiece: pip install -e '.[sentencepiece]'")
-        try:
-            self.processor = SentencePieceProcessor(model_proto=sentencepiece)
-        except RuntimeError:
-            sys.exit(f"{name} is not a SentencePiece model.")
-        self.n_vocab, self.end = self.processor.get_piece_size(), self.processor.eos_id()
-        if self.end < 0:
-            sys.exit(f"The SentencePiece model {name} has no end-of-text token: train it with one (eos_id).")
-
-    def encode_to_numpy(self, text: str, disallowed_special) -> np.ndarray:
-        return np.array(self.processor.encode(text), np.uint32)
-
-    def decode_single_token_bytes(self, token: int) -> bytes:
-        piece = self.processor.id_to_piece(token)
-        if self.processor.is_byte(token):  # such as <0x0A>
-            return bytes([int(piece[1:-1], 16)])
-        return b"" if self.processor.is_control(token) else piece.replace("\u2581", " ").encode()
-
-
-class Tokenizer:
-    """encode and decode, and the token `end` that closes a document."""
-
-    def __init__(self, spec: dict):
-        self.spec = spec
-        if "sentencepiece" in spec:
-            self.encoding, self.unknown = SentencePiece(**spec), set()
-            self.end = self.encoding.end
-        else:
-            self.encoding = tiktoken.Encoding(**spec)
-            self.unknown = {bytes([i]) for i in range(256)} - spec["mergeable_ranks"].keys()
-            self.end = spec["special_tokens"][END_OF_TEXT]
-        self.n_vocab = self.encoding.n_vocab
-
-    def fingerprint(self) -> str:
-        """The same for tokenizers that encode alike."""
-        if "sentencepiece" in self.spec:
-            return hashlib.sha256(self.spec["sentencepiece"]).hexdigest()
-        ranks = b"".join(k + b"%d" % v for k, v in sorted(self.spec["mergeable_ranks"].items()))
-        return hashlib.sha256(json.dumps([self.spec["pat_str"], self.spec["special_tokens"]]).encode() + ranks).hexdigest()
-
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids as uint32; special tokens in the text are text. Raises ValueError for a character
-        that the tokenizer has no tokens for."""
-        if self.unknown or not text.isascii():
-            for character in sorted(set(text)):
-                try:
-                    known = not any(bytes([b]) in self.unknown for b in character.encode())
-                except UnicodeEncodeError:
-                    known = False
-                if not known:
-                    raise ValueError(f"The tokenizer {self.spec['name']} cannot encode the character {character!r}.")
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
-
-    def stream(self, tokens):
-        """Text of the tokens as they come, in whole characters; stops after the end-of-text token."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in tokens:
-            if token == self.end:
-                break
-            if token < self.n_vocab:  # the others only pad the model's vocabulary
-                yield decoder.decode(self.encoding.decode_single_token_bytes(token))
-        yield decoder.decode(b"", final=True)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Text to tokens: written once to memory-mapped files, found again by a fingerprint of text and tokenizer
-
-VALIDATION = 0.1  # of the text
-
-
-def find_files(patterns: list[str]) -> list[Path]:
-    """The text files that --data names, sorted."""
-    if not patterns:  # the standard library: real code and prose, on every machine
-        root = Path(sysconfig.get_path("stdlib"))
-        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
-    files = set()
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            found = [p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        else:
-            found = [path] if path.is_file() else [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
-        if not found:
-            sys.exit(f"--data: there is no text at {pattern!r}: give a file, a folder with files, or a pattern.")
-        files.update(found)
-    return sorted(files)
-
-
-def blocks(path: Path, start: int, stop: int, size: int = 1 << 20):
-    """The text of bytes start..stop-1 in blocks of about `size` bytes that end with a line."""
-    with open(path, "rb") as file:
-        file.seek(start)
-        rest = b""
-        while start < stop:
-            data = file.read(min(size, stop - start))
-            if not data:
-                break
-            start += len(data)
-            rest += data
-            cut = rest.rfind(b"\n") + 1 if start < stop else len(rest)
-            if cut:
-                yield rest[:cut].decode()
-                rest = rest[cut:]
-
-
-def split_point(path: Path, size: int) -> int:
-    """Where the last tenth of a single file begins: never inside a character."""
-    point = int(size * (1 - VALIDATION))
-    with open(path, "rb") as file:
-        file.seek(point)
-        ahead = file.read(4)
-    return point + next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)
-
-
-@dataclass
-class Corpus:
-    n_files: int
-    train: np.ndarray  # token ids, memory-mapped
-    val: np.ndarray
-    bytes_per_token: dict[str, float]  # of train and of val
-
-
-def tokenize(patterns: list[str], tokenizer: Tokenizer, folder: Path, block_size: int) -> Corpus:
-    """The tokens of the text, from the cache in `folder` if text and tokenizer are the same as then.
-
-    A document is a file; every document ends with an end-of-text token. One document in ten, chosen
-    by a hash of its first bytes, is for validation; of a single file, the last tenth is.
-    """
-    files = find_files(patterns)
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = json.dumps([3, stats, tokenizer.fingerprint(), VALIDATION])
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
-    done = folder / f"{name}.json"
-
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        total, read, skipped, shown = sum(size for _, size, _ in stats), 0, 0, time.time()
-        count = {"train": [0, 0], "val": [0, 0]}  # tokens, bytes
-        paths = {split: folder / f"{name}.{split}" for split in count}
-        with open(f"{paths['train']}.part", "wb") as train, open(f"{paths['val']}.part", "wb") as val:
-            for path, (_, size, _) in zip(files, stats):
-                if len(files) == 1:
-                    point = split_point(path, size)
-                    parts = [("train", 0, point), ("val", point, size)]
-                else:
-                    with open(path, "rb") as file:
-                        chosen = hashlib.sha256(file.read(4096)).digest()[0] < 256 * VALIDATION
-                    parts = [("val" if chosen else "train", 0, size)]
-                for split, start, stop in parts:
-                    out = train if split == "train" else val
-                    try:
-                        for text in blocks(path, start, stop):
-                            ids = tokenizer.encode(text).astype(dtype)
-                            out.write(ids)
-                            n_bytes = len(text.encode())
-                            count[split][0] += len(ids)
-                            count[split][1] += n_bytes
-                            read += n_bytes
-                            if time.time() - shown > 2:
-                                shown = time.time()
-                                print(f"tokenizing: {read / 1e6:.0f} of {total / 1e6:.0f} MB", flush=True)
-                        if stop == size:
-                            out.write(np.array([tokenizer.end], dtype))
-                            count[split][0] += 1
-                    except UnicodeDecodeError:
-                        if len(files) == 1:
-                            sys.exit(f"{path} is not UTF-8 text: convert it first.")
-                        skipped += 1
-                    except ValueError as e:
-                        sys.exit(str(e))
-        if skipped:
-            print(f"skipped {skipped} files that are not UTF-8 text")
-        for path in paths.values():
-            os.replace(f"{path}.part", path)
-        write_aside(done, lambda part: part.write_text(json.dumps(count)))
-
-    count = json.loads(done.read_text())
-    for split, (n_tokens, _) in count.items():
-        if n_tokens < block_size + 1:
-            which = "training" if split == "train" else "validation"
-            sys.exit(
-                f"The {which} part of the text has {n_tokens} tokens, fewer than the {block_size + 1} of one "
-                "sequence: give more text or a smaller --block_size.")
-    return Corpus(
-        len(files), *(np.memmap(folder / f"{name}.{split}", dtype, mode="r") for split in count),
-        bytes_per_token={split: n_bytes / n_tokens for split, (n_tokens, n_bytes) in count.items()})
-
-
-def to_device(rows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets [B, T], one token apart, of rows [B, T + 1]."""
-    batch = torch.from_numpy(rows.astype(np.int64))
-    if device.type == "cuda":
-        batch = batch.pin_memory()
-    batch = batch.to(device, non_blocking=True)
-    return batch[:, :-1], batch[:, 1:]
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_start(seed: int, epoch: int, n_offset: int, n_window: int) -> tuple[int, int]:
-    """The offset of an epoch's windows, and which of them comes first."""
-    offset, first = np.random.default_rng((seed, epoch)).integers((n_offset, n_window))
-    return int(offset), int(first)
-
-
-def windows(data: np.ndarray, block_size: int, numbers, seed: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets [B, T] of the training windows of these numbers.
-
-    The text is cut into windows at an offset that changes every epoch. The windows of an epoch come
-    in the order of steps of about 0.618 of its length, which visits each once and leaves no state
-    behind: a resumed run sees what an uninterrupted one would.
-    """
-    n = (len(data) - block_size - 1) // block_size or 1
-    stride = next(s for s in range(max(int(0.618 * n), 1), 2 * n + 1) if math.gcd(s, n) == 1)
-    rows = []
-    for number in numbers:
-        epoch, i = divmod(number, n)
-        offset, first = epoch_start(seed, epoch, min(block_size, len(data) - n * block_size), n)
-        start = offset + block_size * ((i * stride + first) % n)
-        rows.append(data[start:start + block_size + 1])
-    return to_device(np.stack(rows), device)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def save_checkpoint(
-    folder: Path, trainer: "Trainer", step: int, options: Options, tokenizer: Tokenizer, history: list[dict]
-):
-    """Everything that sampling and --resume need, in one file of plain data and tensors.
-
-    history has an entry for each evaluation: step, seconds of training, loss, bits per byte, peak MiB.
-    """
-    checkpoint = dict(
-        step=step, options=asdict(options), config=asdict(trainer.model.config), tokenizer=tokenizer.spec, history=history,
-        model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict(), scaler=trainer.scaler.state_dict())
-    folder.mkdir(parents=True, exist_ok=True)
-    write_aside(folder / "checkpoint.pt", lambda part: torch.save(checkpoint, part))
-
-
-OURS = {"step", "options", "config", "tokenizer", "history", "model", "optimizer", "scaler"}
-
-
-def read_checkpoint(path: Path) -> dict:
-    """What is in the file, or in checkpoint.pt of the folder; empty if that is no dict of plain data and tensors."""
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.exists():
-        sys.exit(f"There is no checkpoint at {path}: `python train.py` makes one, --out says where.")
-    theirs = "framework.data_structures.dotdict.DotDict"  # a class in the authors' checkpoints, read as a dict
-    try:
-        with torch.serialization.safe_globals([(dict, theirs)]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever unpickling a foreign file may raise
-        return {}
-    return checkpoint if isinstance(checkpoint, dict) else {}
-
-
-def load_checkpoint(path: Path) -> dict:
-    checkpoint = read_checkpoint(path)
-    if not checkpoint.keys() >= OURS:
-        sys.exit(f"{path} is not a checkpoint of this train.py.")
-    return checkpoint
-
-
-def official_config(args: dict, weights: dict) -> MoEUTConfig:
-    """The sizes of a model of the authors' training code, from its command line and its weights. Raises ValueError
-    for a setting that MoEUTConfig does not have: the names and shapes of the weights would not show it."""
-    for name, value in (("transformer.universal.group_type", "abab"), ("rope.rotate_fraction", 0.5), ("rope.base", 10000)):
-        if args.get(name, value) != value:
-            raise ValueError(f"it was trained with {name} {args[name]}, and only {value} is known here")
-    E, C, F = weights["unique_layers.0.pkm.keys"].shape
-    n_head = args["transformer.n_heads"]
-    return MoEUTConfig(
-        vocab_size=len(weights["embedding.weight"]), block_size=args["lm.unroll"], n_layer=args["transformer.encoder_n_layers"],
-        group_size=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("unique_layers.")),
-        n_embd=C, n_head=n_head, head_size=len(weights["unique_layers.0.self_attn.projections.q"]) // n_head,
-        n_expert=E, expert_size=F, top_k=args["pkm.n_heads"],
-        n_att_expert=len(weights["unique_layers.0.self_attn.selections.v"]) // n_head, att_top_k=args["moe.att.k"])
-
-
-def load_model(path: Path, tokenizer: str, preset_name: str, changes: dict) -> tuple[MoEUT, Tokenizer]:
-    """The model and the tokenizer of a checkpoint: of this program, or of the paper's authors.
-
-    Theirs hold no tokenizer: it is the one named. Those of their training code say the sizes of the model; a
-    bare state dict of their clean repository has those of the preset with the changes.
-    """
-    stored = read_checkpoint(path)
-    args = (stored.get("run_invariants") or {}).get("args")
-    if changes and (args or stored.keys() >= OURS):
-        sys.exit(f"--{next(iter(changes))} cannot be changed: the checkpoint {path} says what the model is.")
-    if stored.keys() >= OURS:
-        model = MoEUT(MoEUTConfig(**stored["config"]))
-        model.load_state_dict(stored["model"])
-        return model, Tokenizer(stored["tokenizer"])
-    weights = stored.get("model", stored)
-    try:
-        config = official_config(args, weights) if args else preset(
-            preset_name, vocab_size=len(weights["embedding.weight"]), **changes)
-        model = MoEUT.from_official(weights, config)
-        theirs = Tokenizer(load_tokenizer(tokenizer))
-        if theirs.n_vocab == config.vocab_size:
-            return model, theirs
-        sys.exit(f"The model in {path} knows {config.vocab_size} tokens and the tokenizer {tokenizer} has {theirs.n_vocab}: "
-                 "give the one that it was trained with, --tokenizer=file.model")
-    except KeyError as e:
-        reason = f"{e} is missing"
-    except ValueError as e:
-        reason = str(e)
-    sys.exit(f"{path} is not a checkpoint of this train.py, nor can it be read as one of the authors: {reason.rstrip('.')}.")
-
-
-# ---------------------------------------------------------------------------------------------------
-# Training
-
-
-def learning_rate(step: int, options: Options) -> float:
+def learning_rate(step: int, o: Options) -> float:
     """Linear warmup to the peak, which is held for a while, then a cosine to final_lr of it."""
-    if step < options.warmup:
-        return options.lr * (step + 1) / options.warmup
-    begin = max(options.warmup, options.hold * options.steps)
-    progress = (step - begin) / max(options.steps - begin, 1)
-    cosine = 0.5 + 0.5 * math.cos(math.pi * min(max(progress, 0), 1))
-    return options.lr * (options.final_lr + (1 - options.final_lr) * cosine)
+    begin = max(o.warmup, o.hold * o.steps)
+    progress = min(max(step - begin, 0) / max(o.steps - begin, 1), 1)
+    cosine = o.final_lr + (1 - o.final_lr) * (0.5 + 0.5 * math.cos(math.pi * progress))
+    return o.lr * min((step + 1) / max(o.warmup, 1), cosine)
 
 
 @torch.no_grad()
-def evaluate(model: MoEUT, data: np.ndarray, n_tokens: int, batch_size: int, autocast) -> tuple[float, float | None]:
-    """Mean loss in nats per token on windows spread evenly over `data`, always the same ones, and the
-    share of all experts that were chosen at least once (None without experts)."""
-    T, device = model.config.block_size, next(model.parameters()).device
-    count = max(min(n_tokens, len(data) - 1) // T, 1)
-    starts = np.linspace(0, len(data) - T - 1, count).astype(np.int64)
-
-    chosen = {}
-
-    def note(router, _, logits):
-        experts = logits.unflatten(-1, (router.n_choice, -1)).flatten(0, 1)      # [N, n_choice, experts]
-        mask = torch.zeros_like(experts, dtype=torch.bool).scatter_(-1, experts.topk(router.top_k).indices, True)
-        chosen[router] = chosen.get(router, 0) | mask.any(0)
-
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, Router)]
+def evaluate(model: MoEUT, data: np.ndarray, n_tokens: int, batch_size: int, autocast) -> float:
+    """Mean cross entropy in nats per token on windows spread evenly over `data`, always the same ones."""
+    T, device, total = model.config.block_size, model.head.weight.device, 0.0
+    starts = np.linspace(0, len(data) - T - 1, max(min(n_tokens, len(data) - 1) // T, 1)).astype(np.int64)
     model.eval()
-    total = 0.0
-    for i in range(0, count, batch_size):
-        batch = starts[i:i + batch_size]
-        x, y = to_device(np.stack([data[s:s + T + 1] for s in batch]), device)
-        with autocast():
-            total += model(x, y).loss.item() * len(batch)
+    for i in range(0, len(starts), batch_size):
+        x, y = to_device([data[s : s + T + 1] for s in starts[i : i + batch_size]], device)
+        with autocast:
+            total += model(x, y).cross_entropy.item() * len(x)
     model.train()
-    for hook in hooks:
-        hook.remove()
-    used = torch.cat([c.flatten() for c in chosen.values()]).float().mean().item() if chosen else None
-    return total / count, used
+    return total / len(starts)
 
 
-def peak_memory(device: torch.device) -> float | None:
-    """The most MiB held so far: on the GPU, or by the whole process. None where the system does not say."""
+def peak_memory(device: torch.device) -> float:
+    """The most MiB held so far: on the GPU, or by the whole process; nan where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
     except ImportError:  # Windows
-        return None
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def keep_freed_memory():
-    """Let malloc keep what is freed. By default glibc returns large arrays to the kernel, which hands
-    them back page by page, zeroed: a quarter of the time of a training step on a CPU."""
-    if sys.platform == "linux":
-        import ctypes
-
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:  # musl has none
-            trim_threshold, top_pad, mmap_max = -1, -2, -4
-            for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
-                mallopt(parameter, value)
-
-
-def prepare(device: torch.device):
-    """Settings of the process."""
-    if device.type == "cpu":
-        keep_freed_memory()
-        torch.set_flush_denormal(True)  # numbers below 1e-38 are slow, and nobody misses them
-    torch.set_float32_matmul_precision("high")  # TF32 where there is nothing better
-
-
-# Data parallel: torchrun starts the processes, one for each GPU. On a CPU this program does it by itself, because small
-# matmuls on one core each, in several processes, are a third faster than the same ones on all cores.
-
-
-def share_cores(options: Options, block_size: int) -> int:
-    """How many processes to train with on a CPU: as many as cores, up to 4, that divide the sequences of a step evenly."""
-    if options.processes:
-        return options.processes
-    sequences = options.tokens_per_step // block_size
-    return next(n for n in range(min(torch.get_num_threads(), 4), 0, -1) if sequences % n == 0)
-
-
-def start_others(n: int) -> str:
-    """Start this command n - 1 times more, each with its share of the cores. They are ranks 1 to n - 1 and say nothing.
-    Returns the address where rank 0, which is this process, has to meet them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    threads = max(torch.get_num_threads() // n, 1)
-    for rank in range(1, n):
-        env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=n, RANK=rank, OMP_NUM_THREADS=threads)
-        other = subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:]], env=os.environ | {k: str(v) for k, v in env.items()},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        atexit.register(other.kill)
-    torch.set_num_threads(threads)
-    return f"tcp://127.0.0.1:{port}"
-
-
-def agree(flag: bool) -> bool:
-    """True if any process says so: all of them leave the loop after the same step."""
-    if not dist.is_initialized():
-        return flag
-    any_flag = torch.tensor(int(flag))
-    dist.all_reduce(any_flag, dist.ReduceOp.MAX)
-    return bool(any_flag)
+def draw(metrics: list[dict], path: Path):
+    """A picture of the loss curves, if matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key in ("loss", "val_loss"):
+        axes.plot([m["step"] for m in metrics if key in m], [m[key] for m in metrics if key in m], label=key)
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.legend()
+    write_aside(path, lambda part: figure.savefig(part, format="png"))
 
 
 class Trainer:
-    """A model and what its training steps need. `run` is the model, possibly compiled or data-parallel."""
+    """A model with what its training steps need; `run` is the model, possibly compiled and data-parallel."""
 
-    def __init__(self, model: MoEUT, device: torch.device, options: Options):
-        self.model, self.device, self.grad_clip = model, device, options.grad_clip
-        model.recompute = options.recompute
-        self.dtype = pick_dtype(options.dtype, device)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), options.lr, (options.beta1, options.beta2), weight_decay=options.weight_decay, fused=True)
+    def __init__(self, model: MoEUT, o: Options, device: torch.device, world: int = 1):
+        self.model, self.grad_clip, model.recompute = model.to(device).train(), o.grad_clip, o.recompute
+        newer = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        best = "float32" if device.type == "cpu" else "bfloat16" if newer else "float16"  # what the device is fast in
+        self.dtype = getattr(torch, best if o.dtype == "auto" else o.dtype)
+        self.autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.compiled = options.compile == "yes" or options.compile == "auto" and device.type == "cuda"
+        betas, decay = (o.beta1, o.beta2), o.weight_decay
+        self.optimizer = torch.optim.AdamW(model.parameters(), o.lr, betas, weight_decay=decay, fused=True)
+        self.compiled = o.compile == "yes" or o.compile == "auto" and device.type == "cuda"
         self.run = torch.compile(model) if self.compiled else model
+        self.run = torch.nn.parallel.DistributedDataParallel(self.run) if world > 1 else self.run
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def step(self, batches: list):
-        """Forward, backward and update on batches of inputs and targets, whose gradients add up. Returns loss,
-        regulariser and gradient norm."""
-        loss_sum = reg_sum = 0
+    def step(self, batches: list, lr: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """One optimizer step on batches whose gradients add up: cross entropy, regulariser and gradient norm. It is
+        skipped if the norm is not finite."""
+        cross_entropy = reg = 0
         for i, (x, y) in enumerate(batches):
-            last = i == len(batches) - 1
-            with contextlib.nullcontext() if last or not hasattr(self.run, "no_sync") else self.run.no_sync():
-                with self.autocast():
-                    _, loss, reg = self.run(x, y)
-                self.scaler.scale((loss + reg) / len(batches)).backward()
-            loss_sum, reg_sum = loss_sum + loss.detach() / len(batches), reg_sum + reg.detach() / len(batches)
+            self.run.require_backward_grad_sync = i == len(batches) - 1  # processes exchange gradients once a step
+            with self.autocast:
+                out = self.run(x, y)
+            self.scaler.scale(out.loss / len(batches)).backward()
+            cross_entropy = cross_entropy + out.cross_entropy.detach() / len(batches)
+            reg = reg + out.reg.detach() / len(batches)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        self.scaler.step(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip).item()
+        self.optimizer.param_groups[0]["lr"] = lr
+        if math.isfinite(norm):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss_sum, reg_sum, norm
+        return cross_entropy, reg, norm
 
 
-def train(options: Options, model_changes: dict, checkpoint: dict | None):
-    check(options)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cores = torch.get_num_threads()
-    if "RANK" in os.environ:  # started by torchrun, or by start_others
-        on_gpu = torch.cuda.is_available() and options.device != "cpu"
+def train(given: dict, changes: dict):
+    # One process trains on one device. torchrun starts more, which share the sequences of every step.
+    rank, world, device_name = 0, 1, given.get("device", "auto")
+    if dist.is_torchelastic_launched():
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        on_gpu = torch.cuda.is_available() and device_name != "cpu"
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-        if on_gpu and options.device == "auto":
-            options.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    master = rank == 0
-    say = print if master else lambda *_, **__: None
-    device = pick_device(options.device)
-    prepare(device)
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu and device_name == "auto" else device_name
+    device, say = pick_device(device_name), functools.partial(print, flush=True) if rank == 0 else lambda *_, **__: None
+    torch.set_float32_matmul_precision("high")  # TF32 where there is nothing better
+    torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on a CPU, and nobody misses them
 
-    # Data and model.
-    if checkpoint:
-        tokenizer, config = Tokenizer(checkpoint["tokenizer"]), MoEUTConfig(**checkpoint["config"])
-    else:
-        if options.init_from:
-            initial, tokenizer = load_model(Path(options.init_from), options.tokenizer, options.preset, model_changes)
-            config = initial.config
-        else:
-            tokenizer = Tokenizer(load_tokenizer(options.tokenizer))
-            try:
-                config = preset(options.preset, **{"vocab_size": tokenizer.n_vocab, **model_changes})
-            except ValueError as e:
-                sys.exit(f"{e}")
-        if config.vocab_size < tokenizer.n_vocab:
-            sys.exit(f"The model's vocab_size is {config.vocab_size}, but the tokenizer {tokenizer.spec['name']} has {tokenizer.n_vocab} tokens.")
-    T, out = config.block_size, Path(options.out)
-    alone = "RANK" not in os.environ
-    if alone and device.type == "cpu":
-        world = share_cores(options, T)
-    sequences, rest = divmod(options.tokens_per_step, T * world)
-    batch_size = min(options.batch_size, sequences)
-    if rest or not sequences or sequences % batch_size:
-        sys.exit(
-            f"--tokens_per_step is {options.tokens_per_step}: it must be a multiple of block_size x batch_size x "
-            f"processes = {T} x {options.batch_size} x {world} = {T * options.batch_size * world}.")
-    address = start_others(world) if alone and world > 1 else None
-    if master:
-        corpus = tokenize(options.data, tokenizer, out / "tokens", T)
-    if address:
-        dist.init_process_group("gloo", init_method=address, world_size=world, rank=0)
-    if world > 1:
-        dist.barrier()
-    if not master:
-        corpus = tokenize(options.data, tokenizer, out / "tokens", T)
-    accumulate = sequences // batch_size
-
-    torch.manual_seed(options.seed)
-    model = (MoEUT(config) if checkpoint or not options.init_from else initial).to(device)
-    trainer = Trainer(model, device, options)
-    first_step, history = 0, []
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-        trainer.scaler.load_state_dict(checkpoint["scaler"])
-        first_step, history = checkpoint["step"], checkpoint["history"]
-        checkpoint = None
-        if first_step >= options.steps:
-            sys.exit(f"The run in {out} has done its {first_step} steps: --steps=N with a larger N goes on.")
-    if world > 1:
-        trainer.run = torch.nn.parallel.DistributedDataParallel(trainer.run)
-
-    flops = config.estimate_flops()
-    peak = cvmm.device_peak(device) if trainer.dtype != torch.float32 else None
-    size = lambda path: f"{len(path) / 1e6:.1f}M"
-    say(f"text: {corpus.n_files} file{'s' * (corpus.n_files > 1)}, {size(corpus.train)} training and "
-        f"{size(corpus.val)} validation tokens ({tokenizer.spec['name']})")
-    say(f"model: {options.preset}, {model.n_params():,} parameters, {config.macs_per_token():,} MACs per token")
-    say(f"device: {device}, {str(trainer.dtype)[6:]}, {'compiled' if trainer.compiled else 'not compiled'}, experts by "
-        f"{cvmm.backend(device)}" + (f", {world} processes" if world > 1 else ""))
-    changed = " ".join(f"--{k}={v}" for k, v in asdict(options).items() if v != getattr(Options(), k))
-    say("options: " + (changed or "all as they are by default"))
-
-    # Ctrl-C ends the loop after the step it is in; a second one ends the program.
-    stop = []
-
-    def interrupted(*_):
-        stop.append(1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, interrupted)
-
-    bits = {split: 1 / math.log(2) / per_token for split, per_token in corpus.bytes_per_token.items()}
-    model.train()
-    step, began, stopping = first_step, time.time(), False
-    earlier = history[-1]["seconds"] if history else 0.0
-    started, logged = began, (began, first_step)  # both move on by the time of evaluations
-    while step < options.steps and not stopping:
-        lr = learning_rate(step, options)
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(options.seed + step)  # of dropout, so that a resumed run goes on alike
-        batches = []
-        for micro in range(accumulate):
-            number = ((step * accumulate + micro) * world + rank) * batch_size
-            batches.append(windows(corpus.train, T, range(number, number + batch_size), options.seed, device))
-        loss_sum, reg_sum, norm = trainer.step(batches)
-        step += 1
-
-        done, stopping = step == options.steps, agree(bool(stop))
-        if step == first_step + 1:
-            memory = peak_memory(device)
-            if memory:
-                say(f"peak memory of a step: {memory:,.0f} MiB" + (", all of a process" if device.type == "cpu" else ""))
-        if step % options.log_interval == 0 or step == first_step + 1 or done:
-            loss, now = loss_sum.item(), time.time()  # .item() waits for the device
-            rate = (step - logged[1]) / (now - logged[0])
-            eta = (options.steps - step) * (now - started) / (step - first_step)
-            line = (
-                f"step {step}/{options.steps}: loss {loss:.3f}, {loss * bits['train']:.3f} bits/byte, "
-                f"reg {reg_sum.item():.3f}, lr {lr:.1e}, grad {norm.item():.2f}, "
-                f"{rate * options.tokens_per_step:,.0f} tokens/s, {eta // 60:.0f}m{eta % 60:02.0f}s to go")
-            if peak:
-                line += f", {rate * options.tokens_per_step * flops / peak[0] / world:.1%} MFU"
-            say(line, flush=True)
-            logged = now, step
-            if not math.isfinite(loss):
-                sys.exit(f"The loss is {loss} at step {step}: start again with a smaller --lr; the last checkpoint is kept.")
-        if step % options.eval_interval == 0 or done or stopping:
-            paused = time.time()
-            threads = torch.get_num_threads()
-            torch.set_num_threads(cores)  # the other processes wait
-            if master and not stopping:
-                n_tokens = options.eval_tokens * (8 if done else 1)
-                loss, used = evaluate(model, corpus.val, n_tokens, batch_size, trainer.autocast)
-                history.append(dict(step=step, seconds=earlier + paused - started, loss=loss, bits=loss * bits["val"],
-                                    peak_mib=peak_memory(device)))
-                line = f"step {step}/{options.steps}: validation loss {loss:.4f}, {loss * bits['val']:.4f} bits/byte"
-                say(line + (f", {used:.0%} of the experts in use" if used is not None else ""))
-            if master:
-                save_checkpoint(out, trainer, step, options, tokenizer, history)
-            stopping = agree(bool(stop))
-            if stopping:
-                break
-            if master:
-                generator = torch.Generator(device).manual_seed(options.seed)
-                prompt = torch.tensor([[tokenizer.end]], device=device)
-                model.eval()
-                tokens = (t.item() for t in model.generate(prompt, options.sample_tokens, 0.8, generator=generator))
-                say("".join(["-" * 60, "\n", *tokenizer.stream(tokens), "\n", "-" * 60]), flush=True)
-                model.train()
-            torch.set_num_threads(threads)
-            if world > 1:
-                dist.barrier()
-            now = time.time()
-            started, logged = started + now - paused, (now, step)
-    if world > 1:
-        dist.destroy_process_group()
-    if stopping:
-        sys.exit(f"Stopped after step {step}, saved in {out}: `python train.py --resume --out={out}` goes on.")
-    say(f"done in {time.time() - began:.0f} s, saved in {out}; now `python sample.py --out={out}`")
-
-
-# ---------------------------------------------------------------------------------------------------
-# The bench: MoEUT and the dense Transformer take turns. Each has its own process, and so its own peak memory.
-
-DECODE_CONTEXT = 1024  # tokens that a decoded token attends to
-
-
-def bench_worker(pipe, config: MoEUTConfig, options: Options):
-    """Answers requests from the pipe: "step", "cached" and "uncached" with seconds, "memory" with MiB."""
-    device = pick_device(options.device)
-    prepare(device)
-    empty = 0 if device.type == "cuda" else peak_memory(device)
-    torch.manual_seed(options.seed)
-    # generate() keeps within block_size: long enough for all that is decoded
-    model = MoEUT(replace(config, block_size=2 * DECODE_CONTEXT)).to(device)
-    trainer = Trainer(model, device, options)
-    text = torch.randint(config.vocab_size, (options.batch_size, config.block_size + 1), device=device)
-    prompt = torch.randint(config.vocab_size, (1, DECODE_CONTEXT), device=device)
-    tokens = model.generate(prompt, DECODE_CONTEXT, temperature=0)  # begins with the first request
-
-    def step():
-        trainer.step([(text[:, :-1], text[:, 1:])])[0].item()
-
-    def cached():
-        next(tokens).item()
-
-    @torch.inference_mode()
-    def uncached():
-        model(prompt).logits[:, -1].argmax().item()
-
-    for request in iter(pipe.recv, "stop"):
-        if request == "memory":
-            memory = peak_memory(device)
-            pipe.send(memory and memory - empty)
-            continue
-        function, repeats = {"step": (step, 1), "cached": (cached, 32), "uncached": (uncached, 1)}[request]
-        model.train(request == "step")
-        start = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        pipe.send((time.perf_counter() - start) / repeats)
-
-
-def bench(options: Options, model_changes: dict, rounds: int = 7):
-    """Time MoEUT and the dense Transformer of the same size in turn, and print the ratios."""
-    names = [options.preset, dense_counterpart(options.preset)]
-    if names[0] == names[1] or names[1] not in PRESETS:
-        sys.exit(f"--bench compares a preset with its dense counterpart: --preset={options.preset} has none.")
-    changes = {k: v for k, v in model_changes.items() if k in ("vocab_size", "block_size")}
-    if changes != model_changes:
-        sys.exit(f"--bench takes presets as they are: --{next(iter(model_changes.keys() - changes))} cannot be changed.")
+    # Options: of the command line, else of the run that goes on, else of the preset's recipe
+    out, model, tokenizer, resumed = Path(given.get("out", Options.out)), None, None, {}
+    for how in ("resume", "init_from"):
+        if given.get(how):
+            fixed = ("preset", "tokenizer") + ("init_from", "seed", "tokens_per_step") * (how == "resume")
+            for name in (*changes, *(name for name in fixed if name in given)):
+                raise UserError(f"--{name} cannot be given with --{how}: the checkpoint says it.")
+            model, tokenizer, stored = load_model(out if how == "resume" else Path(given[how]))
+            resumed = stored if how == "resume" else {}
+    if not resumed and (out / "last.pt").exists():
+        raise UserError(f"{out} holds a run already: --resume goes on with it, another --out begins a new one.")
+    o = Options(**RECIPES[given.get("preset", Options.preset)] | resumed.get("options", {}) | given)
+    o.data = [os.path.abspath(pattern) for pattern in o.data]
     try:
-        configs = [preset(name, **changes) for name in names]
+        config = model.config if model else preset(o.preset, **changes)
     except ValueError as e:
-        sys.exit(f"{e}")
-    context = torch.multiprocessing.get_context("spawn")
-    pipes = []
-    for config in configs:
-        here, there = context.Pipe()
-        context.Process(target=bench_worker, args=(there, config, options), daemon=True).start()
-        pipes.append(here)
+        raise UserError(str(e)) from None
+    T, (sequences, rest) = config.block_size, divmod(o.tokens_per_step, config.block_size * world)  # of each process
+    batch_size = min(o.batch_size, sequences)
+    if rest or not sequences or sequences % batch_size:
+        raise UserError(
+            f"--tokens_per_step is {o.tokens_per_step}: it must be a multiple of block_size x batch_size x processes = "
+            f"{T} x {o.batch_size} x {world} = {T * o.batch_size * world}.")
+    if resumed and resumed["step"] >= o.steps:
+        raise UserError(f"The run in {out} has done its {resumed['step']} steps: --steps=N with a larger N goes on.")
 
-    def ask(request: str, rounds: int = 1, warmup: int = 0) -> list[float]:
-        """The median answer of each of the two."""
-        answers = [[], []]
-        for _ in range(warmup + rounds):
-            for pipe, answer in zip(pipes, answers):
-                pipe.send(request)
-                answer.append(pipe.recv())
-        return [statistics.median(a[warmup:]) if a[-1] is not None else math.nan for a in answers]
+    # Text: rank 0 writes the tokens, the others find them
+    if rank:
+        dist.barrier()
+    tokenizer, data, val_data, bits, text_hash = load_text(o.data, o.tokenizer, config.vocab_size, tokenizer)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    if resumed and resumed["text_hash"] != text_hash:
+        raise UserError("The text is not what it was when the run began: --resume needs it, --init_from does not.")
+    if min(len(data), len(val_data)) <= T:
+        raise UserError(
+            f"The text has {len(data)} tokens for training and {len(val_data)} for validation, a sequence {T + 1}: "
+            "give more text, or a smaller --block_size.")
 
-    device = pick_device(options.device)
-    n_tokens = options.batch_size * configs[0].block_size
-    print(f"torch {torch.__version__}, {device}, {str(pick_dtype(options.dtype, device))[6:]}, compile {options.compile}; a step is "
-          f"{options.batch_size} x {configs[0].block_size} tokens, decoding at {DECODE_CONTEXT} tokens; medians of {rounds} rounds in turn")
-    print(f"{'':34} {names[0]:>14} {names[1]:>14}  ratio")
+    # Model: with the tokenizer's vocabulary, or with a larger one that was asked for
+    if not model:
+        n, wanted = tokenizer.n_vocab, config.vocab_size
+        if n > wanted and "vocab_size" in changes:
+            raise UserError(f"--vocab_size is {wanted}, but the tokenizer {tokenizer.name} has {n} tokens.")
+        if n < wanted and tokenizer.name == "bpe":
+            say(f"vocabulary: {n} tokens instead of {wanted}, because the text has no more to merge")
+        padded = "vocab_size" in changes and tokenizer.name != "bpe"
+        torch.manual_seed(o.seed)
+        model = MoEUT(replace(config, vocab_size=wanted if padded else n))
+    trainer, config = Trainer(model, o, device, world), model.config
+    if resumed:
+        trainer.optimizer.load_state_dict(resumed["optimizer"])
+        if trainer.scaler.is_enabled() and resumed["scaler"]:
+            trainer.scaler.load_state_dict(resumed["scaler"])
+    step, seconds, best = (resumed.get(k, v) for k, v in dict(step=0, seconds=0.0, best=math.inf).items())
+    metrics, first_step, resumed, stored = resumed.get("metrics", []), step, None, None  # the memory is needed
 
-    def line(name: str, values: list[float], decimals: int = 0):
-        print(f"{name:34} {values[0]:14,.{decimals}f} {values[1]:14,.{decimals}f} {values[0] / values[1]:6.2f}", flush=True)
+    say("model:", *(f"--{k}={v}" for k, v in asdict(config).items()))
+    say("options:", *(f"--{k}={v}" for k, v in asdict(o).items() if v not in ("", [], False)))
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.macs_per_token():,} MACs per token; "
+        f"{len(data) / 1e6:.2f}M tokens to train on, {len(val_data) / 1e6:.2f}M for validation; {world} x {device}, "
+        f"{str(trainer.dtype)[6:]}, {'' if trainer.compiled else 'not '}compiled, experts by {backend(device)}")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((world * 1e12 * tflops for name, tflops in PEAKS.items() if name in gpu), None)
+    flops = 6 * (config.macs_per_token(T // 2) + config.n_embd * config.vocab_size)  # of a token, attention halved
+    if rank == 0:
+        for left in out.glob("*.part"):
+            left.unlink()
+        lines = "".join(json.dumps(m) + "\n" for m in metrics)
+        write_aside(out / "metrics.jsonl", lambda part: part.write_text(lines))
+        if o.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb needs a package: pip install wandb") from None
+            wandb.init(project="moeut", name=out.name, config=asdict(o) | asdict(config))
 
-    line("parameters", [count_params(c) for c in configs])
-    line("MACs per token", [c.macs_per_token() for c in configs])
-    seconds = ask("step", rounds, warmup=3)
-    line("training step, ms", [t * 1e3 for t in seconds], 1)
-    line("training, tokens/s", [n_tokens / t for t in seconds])
-    line("peak memory of training, MiB", ask("memory"))
-    cached, uncached = ask("cached", rounds, warmup=1), ask("uncached", rounds, warmup=1)
-    line("decoding, tokens/s", [1 / t for t in cached], 1)
-    line("decoding without a cache, tokens/s", [1 / t for t in uncached], 1)
-    line("the cache makes it faster by", [b / a for a, b in zip(cached, uncached)], 1)
-    for pipe in pipes:
-        pipe.send("stop")
+    def record(**numbers):
+        metrics.append(dict(step=step, seconds=round(seconds, 1), **numbers))
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics[-1]) + "\n")
+        if o.wandb:
+            wandb.log(numbers, step=step)
+
+    def save(*names: str):
+        state = dict(
+            step=step, seconds=seconds, best=best, metrics=metrics, text_hash=text_hash, options=asdict(o),
+            config=asdict(config), tokenizer=tokenizer.spec, model=model.state_dict(),
+            optimizer=trainer.optimizer.state_dict(), scaler=trainer.scaler.state_dict())
+        for name in names:
+            write_aside(out / name, lambda part: torch.save(state, part))
+
+    # Ctrl-C and SIGTERM end the loop after the step it is in. A second Ctrl-C leaves at once.
+    signals = []
+
+    def on_signal(number, _):
+        if number == signal.SIGINT and number in signals:
+            os._exit(130)
+        signals.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    clock, logged, skipped, stopping = time.time(), (time.time(), step), 0, False
+    while step < o.steps and not stopping:
+        torch.manual_seed(o.seed + step * world + rank)  # of dropout: a resumed run goes on alike, processes differ
+        first, batches, lr = (step * world + rank) * sequences, [], learning_rate(step, o)
+        for i in range(first, first + sequences, batch_size):
+            batches.append(to_device(windows(data, T, range(i, i + batch_size), o.seed), device))
+        loss, reg, norm = trainer.step(batches, lr)
+        step += 1
+        skipped = 0 if math.isfinite(norm) else skipped + 1
+        if skipped == 10:
+            raise UserError(f"The gradient was not finite in ten steps in a row, up to {step}: try a smaller --lr. "
+                            "What was saved before is kept.")
+        stop = torch.tensor(float(len(signals)))
+        if world > 1:
+            dist.all_reduce(stop)  # all processes leave the loop after the same step
+        done, stopping = step == o.steps, stop.item() > 0
+        seconds, clock = seconds + time.time() - clock, time.time()
+
+        if step % o.log_interval == 0 or step == first_step + 1 or done:
+            if world > 1:
+                dist.all_reduce(loss)
+            rate = (step - logged[1]) * o.tokens_per_step / (time.time() - logged[0])
+            loss, reg, left = loss.item() / world, reg.item(), (o.steps - step) * o.tokens_per_step / rate
+            say(f"step {step}/{o.steps}: loss {loss:.3f}, {loss * bits[0]:.3f} bits/byte, reg {reg:.3f}, lr {lr:.1e}, "
+                f"grad {norm:.2f}, {rate:,.0f} tokens/s, {left // 60:.0f}m{left % 60:02.0f}s to go"
+                + f", {rate * flops / (peak or 1):.1%} MFU" * bool(peak) + f", {skipped} steps skipped" * bool(skipped))
+            if rank == 0:
+                record(loss=loss, reg=reg, grad=norm, tokens_per_second=rate, peak_mib=peak_memory(device))
+            logged = time.time(), step
+
+        if rank == 0 and (step % o.eval_interval == 0 or done or stopping):
+            val, files = math.nan if skipped else math.inf, ["last.pt"]
+            if not stopping:
+                val = evaluate(model, val_data, o.eval_tokens * (8 if done else 1), batch_size, trainer.autocast)
+                say(f"step {step}/{o.steps}: validation loss {val:.4f}, {val * bits[1]:.4f} bits/byte")
+                record(val_loss=val, val_bits=val * bits[1])
+            if val < best:
+                best, files = val, ["last.pt", "best.pt"]
+            if math.isnan(val):
+                say("not saved, because the loss is not a number")
+            else:
+                save(*files)
+                draw(metrics, out / "loss.png")
+                if o.sample_tokens and not stopping:
+                    ids = model.eval().generate(torch.tensor([[tokenizer.end]], device=device), o.sample_tokens, 0.8)
+                    say("-" * 60, "".join(tokenizer.stream(i.item() for i in ids)), "-" * 60, sep="\n")
+                    model.train()
+            logged, clock = (logged[0] + time.time() - clock, logged[1]), time.time()
+        if world > 1:
+            dist.barrier()
+    if stopping and rank == 0:
+        raise UserError(f"Stopped after step {step}, saved in {out}: `python train.py --resume --out={out}` goes on.")
+    say(f"done in {seconds:.0f} s of training, saved in {out}; now `python sample.py --out={out}`")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Finished runs side by side
+# ---------------------------------------------------------------------------------------------------------------------
+# The bench, and finished runs side by side
 
 
-def compare(folders: list[str], picture: Path):
-    """A line for each model, over the seeds it was trained with, and a picture of loss against compute."""
+def bench(given: dict, changes: dict, rounds: int = 9):
+    """Time MoEUT and the dense Transformer of the same size in turn, and print the ratios."""
+    name, device = given.get("preset", "small"), pick_device(given.get("device", "auto"))
+    names = name, "dense-" + name.split("-")[-1]
+    if changes or names[0] == names[1] or names[1] not in PRESETS:
+        raise UserError("--bench compares a MoEUT with the dense Transformer of its size: give only a --preset.")
+    o, table, steps, decoders = Options(**RECIPES[name] | given), {"parameters": [], "MACs per token": []}, [], []
+    for name in names:
+        model = MoEUT(preset(name))
+        table["parameters"].append(sum(p.numel() for p in model.parameters()))
+        table["MACs per token"].append(model.config.macs_per_token())
+        x, trainer = torch.zeros(o.batch_size, model.config.block_size, dtype=int), Trainer(model, o, device)
+        x = x.random_(model.config.vocab_size).to(device)
+        steps.append(functools.partial(trainer.step, [(x, x)], 1e-3))
+        tokens = MoEUT(preset(name, block_size=2048)).to(device).eval().generate(x.new_zeros(1, 1024), 2000)
+        decoders.append(functools.partial(next, tokens))
+    for what, pair, repeats in ((f"step of {x.numel()} tokens, ms", steps, 1), ("decoding, ms", decoders, 25)):
+        times = np.zeros((rounds + 2, 2))
+        for i, j in np.ndindex(times.shape):  # in turn
+            start = time.perf_counter()
+            for _ in range(repeats):
+                pair[j]()[0].item()
+            times[i, j] = (time.perf_counter() - start) * 1000 / repeats
+        table[what] = np.median(times[2:], axis=0).tolist()
+    print(f"{device}, {torch.get_num_threads()} threads; medians of {rounds} rounds; decoding after 1024 tokens\n"
+          f"{'':24} {names[0]:>14} {names[1]:>14}  ratio")
+    for what, (a, b) in table.items():
+        print(f"{what:24} {a:14,.{2 * (a < 1e4)}f} {b:14,.{2 * (a < 1e4)}f} {a / b:6.2f}")
+
+
+def compare(folders: list[str]):
+    """A line for each model: bits per byte of the last evaluation over seeds, training time, memory."""
     groups, common = {}, None
     for folder in folders:
-        run = load_checkpoint(Path(folder))
-        options, config = run["options"], MoEUTConfig(**run["config"])
-        if not run["history"]:
-            sys.exit(f"The run in {folder} has no evaluation yet: let it go on with --resume.")
-        conditions = {k: options[k] for k in ("data", "tokenizer", "tokens_per_step")} | {"step": run["step"]}
-        common = common or conditions
+        run = read_checkpoint(Path(folder))
+        try:
+            o, c, metrics = Options(**run["options"]), MoEUTConfig(**run["config"]), run["metrics"]
+            memory = max(m.get("peak_mib", 0) for m in metrics)
+            result = [m["val_bits"] for m in metrics if "val_bits" in m][-1], run["seconds"], memory
+        except (KeyError, TypeError, IndexError):
+            raise UserError(f"The run in {folder} has no evaluation yet: let it go on with --resume.") from None
+        conditions = dict(data=o.data, tokens_per_step=o.tokens_per_step, step=run["step"], vocab_size=c.vocab_size)
         for k, v in conditions.items():
-            if v != common[k]:
-                sys.exit(f"The runs cannot be compared: {k} is {common[k]} in {folders[0]} and {v} in {folder}.")
-        original = preset(options["preset"], vocab_size=config.vocab_size)
-        changed = [f" {f.name}={getattr(config, f.name)}" for f in fields(config)
-                   if getattr(config, f.name) != getattr(original, f.name)]
-        groups.setdefault(options["preset"] + "".join(changed), []).append((config, run["history"]))
-
-    print(f"{common['step']} steps of {common['tokens_per_step']} tokens; bits per byte of the validation text: mean, lowest and "
-          f"highest; seconds and MiB: medians\n{'model':32} runs  parameters  MACs/token  bits/byte    (low    high)  seconds    MiB")
-    mean_of_last = lambda runs: statistics.mean(history[-1]["bits"] for _, history in runs)
-    groups = dict(sorted(groups.items(), key=lambda item: mean_of_last(item[1])))
-    for name, runs in groups.items():
-        config, last = runs[0][0], [history[-1] for _, history in runs]
-        bits = [entry["bits"] for entry in last]
-        median = lambda key: statistics.median(entry[key] or math.nan for entry in last)
-        print(f"{name:32} {len(runs):4} {count_params(config):11,} {config.macs_per_token():11,} {mean_of_last(runs):10.4f} {min(bits):8.4f}"
-              f"{max(bits):8.4f} {median('seconds'):8.0f} {median('peak_mib'):6.0f}")
-
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("no picture: it needs matplotlib, pip install -e '.[plot]'")
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, runs in groups.items():
-        steps = [entry["step"] for entry in runs[0][1]]
-        curves = [[entry["bits"] for entry in history] for _, history in runs]
-        flops = [step * common["tokens_per_step"] * runs[0][0].estimate_flops() for step in steps]
-        axes.plot(flops, [statistics.mean(at) for at in zip(*curves)], label=name)
-        axes.fill_between(flops, [min(at) for at in zip(*curves)], [max(at) for at in zip(*curves)], alpha=0.3)
-    axes.set(xscale="log", xlabel="floating point operations of training", ylabel="validation loss, bits per byte")
-    axes.legend()
-    figure.savefig(picture)
-    print(f"loss against compute: {picture}")
+            if v != (common := common or conditions)[k]:
+                raise UserError(f"These cannot be compared: {k} is {common[k]} in {folders[0]} and {v} in {folder}.")
+        original = preset(o.preset, vocab_size=c.vocab_size)
+        name = " ".join([o.preset, *(f"{k}={v}" for k, v in asdict(c).items() if v != getattr(original, k))])
+        groups.setdefault((name, c.macs_per_token()), []).append(result)
+    print(f"{common['step']} steps of {common['tokens_per_step']} tokens; bits per byte: mean, lowest, highest\n"
+          f"{'model':40} runs   MACs/token bits/byte     low    high  seconds    MiB")
+    for (name, macs), runs in sorted(groups.items(), key=lambda group: np.mean(group[1], axis=0)[0]):
+        (bits, _, _), (low, _, _), (high, _, _) = (f(runs, axis=0) for f in (np.mean, np.min, np.max))
+        _, seconds, memory = np.median(runs, axis=0)
+        print(f"{name:40} {len(runs):4} {macs:12,} {bits:9.4f} {low:7.4f} {high:7.4f} {seconds:8.0f} {memory:6.0f}")
 
 
 def main():
-    given = parse_options(Options, __doc__, MoEUTConfig)
-    names = {f.name for f in fields(Options)}
-    chosen = {k: v for k, v in given.items() if k in names}
-    model_changes = {k: v for k, v in given.items() if k not in names}
-    if chosen.get("bench"):
-        options = Options(**{"preset": "small", **chosen})
-        check(options)
-        return bench(options, model_changes)
-    if "compare" in chosen:
-        return compare(chosen["compare"], Path(chosen.get("out", ".")) / "compare.svg")
-    checkpoint = None
-    if chosen.get("resume"):
-        fixed = [f"--{k}" for k in (*model_changes, "preset", "tokenizer") if k in given]
-        if fixed:
-            sys.exit(f"{fixed[0]} cannot be changed by --resume: it belongs to the checkpoint.")
-        checkpoint = load_checkpoint(Path(chosen.get("out", Options.out)))
-        chosen = {**checkpoint["options"], **chosen}
-    try:
-        train(Options(**chosen), model_changes, checkpoint)
-    except KeyboardInterrupt:
-        sys.exit("Stopped at once: what was saved before is kept.")
+    given, changes = parse(Options, __doc__, MoEUTConfig)
+    if given.get("bench"):
+        bench(given, changes)
+    elif "compare" in given:
+        compare(given["compare"])
+    else:
+        train(given, changes)
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)
