@@ -31,9 +31,6 @@ The gradients are the same operation again, with w transposed and the fans excha
     dgate[s]          = <dout[s // fan_out] @ w[expert[s]]^T, x[s // fan_in]>       the product above, before its gate
     dw[expert[s]]    += gate[s] * x[s // fan_in]^T @ dout[s // fan_out]
 
-From top to bottom: the definition; the routing; the PyTorch path, for any device; the Triton path, for GPUs: two
-kernels and what launches them; the custom ops; autograd; `cvmm`; the bench, `python cvmm.py`.
-
 Letters: M slots, E experts; a matrix has I inputs and O outputs; N tokens, C width, F expert size, K chosen experts.
 """
 
@@ -74,11 +71,16 @@ def backend(device: torch.device) -> str:
 def definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int = 1, fan_out: int = 1, gate: Tensor | None = None):
     """The operation, word for word: x [M / fan_in, I], w [E, I, O], expert [M], gate [M] -> [M / fan_out, O]. All else
     is tested against it, and for the few slots of a decoded token nothing is faster on a CPU."""
-    out = x.new_zeros(len(expert) // fan_out, w.shape[2])
+    out = x.new_zeros(len(expert) // fan_out, w.shape[2], dtype=sum_dtype(x))
     gate = x.new_ones(len(expert)) if gate is None else gate.to(x.dtype)
     for s, e in enumerate(expert.tolist()):
         out[s // fan_out] += gate[s] * x[s // fan_in] @ w[e]
-    return out
+    return out.to(x.dtype)
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """Sums are made in float32 at least: of slots, and of the gradients of all repeats of a layer."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -89,6 +91,7 @@ class Routing(NamedTuple):
     """The slots sorted by expert. Made by `route`, shared by all matmuls of one decision, forward and backward."""
 
     expert: Tensor | None  # [M] the expert of each slot
+    n_expert: int
     slot: Tensor | None  # [M] the slot of each row; None if they are so few that they are not sorted: row s is slot s
     offsets: Tensor | None  # [E + 1] where the rows of each expert begin, and where all end
     tiles: Tensor | None  # [n, 2] for the first kernel: expert and first row of each tile; None for PyTorch
@@ -111,13 +114,13 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     expert, on_triton = expert.flatten(), backend(expert.device) == "Triton"
     if len(expert) <= FEW_SLOTS and not (on_triton or torch.is_grad_enabled() or torch.compiler.is_compiling()):
         check_experts(all(0 <= e < n_expert for e in expert.tolist()), n_expert)
-        return Routing(expert, None, None, None)
+        return Routing(expert, n_expert, None, None, None)
     # Stable, so that sums have a fixed order and the rows of an expert ascend; narrow, because a GPU sorts by bits.
-    ids, slot = expert.clamp(-1, n_expert).to(torch.int16).sort(stable=True)     # [M] both
+    ids, slot = expert.long().clamp(-1, n_expert).short().sort(stable=True)      # [M] both
     offsets = torch.searchsorted(ids, torch.arange(n_expert + 1, device=ids.device, dtype=ids.dtype))
     if not on_triton:
-        return Routing(expert, slot, offsets, None)
-    return Routing(expert, slot.int(), offsets.int(), tile_table(offsets, len(slot)).int())
+        return Routing(expert, n_expert, slot, offsets, None)
+    return Routing(expert, n_expert, slot.int(), offsets.int(), tile_table(offsets, len(slot)).int())
 
 
 def check_experts(exist: bool, n_expert: int):
@@ -142,11 +145,6 @@ def scatter(y: Tensor, r: Routing, fan: int | None) -> Tensor:
     return out.index_add_(0, r.slot // fan, y.to(out.dtype)).to(y.dtype)
 
 
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """Sums are made in float32 at least: of slots, and of the gradients of all repeats of a layer."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def experts(r: Routing):
     """(expert, its rows as a slice) for each expert, also for those without rows."""
     ends = r.offsets.tolist()
@@ -166,14 +164,14 @@ def torch_forward(x, w, gate, r: Routing, fan_in, fan_out):
 
 def torch_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
     x, dout = gather(x, r, fan_in), gather(dout, r, fan_out)                     # [M, I], [M, O]
-    dx, dw, dgate = torch.empty_like(x), x.new_empty(w.shape), x.new_empty(0)
+    dx, dw, dgate = x.new_empty(x.shape), x.new_empty(w.shape), x.new_empty(0)
     for e, rows in experts(r):
         torch.mm(dout[rows], w[e].T, out=dx[rows])
     if gate is not None:
-        dgate = torch.empty_like(gate)                                           # [M]
+        dgate, g = gate.new_empty(gate.shape), gate[r.slot, None]                # [M], [M, 1]
         dgate[r.slot] = (dx * x).sum(1, dtype=gate.dtype)
-        dx *= gate[r.slot, None]
-        x, dout = gate_narrower(x, dout, gate[r.slot, None])
+        dx *= g
+        x, dout = gate_narrower(x, dout, g)
     for e, rows in experts(r):
         torch.mm(x[rows].T, dout[rows], out=dw[e])                               # zeros for an expert without rows
     return scatter(dx, r, fan_in), dw.to(sum_dtype(dw)), dgate
@@ -196,8 +194,8 @@ def gate_narrower(x, dout, gate):
 #         dot[slot[rows], block] = sum over columns of acc * other[slot[rows] // fan_out, columns]      for dgate only
 #         out[slot[rows], columns] = gate[slot[rows]] * acc                   the caller sums the slots
 #
-# A fan of 0 says that x, or out and other, are in the order of rows. Nothing is added with atomics: every number is
-# written once, in a fixed order of summation, and two runs give the same bits.
+# Without GATHER, x is in the order of rows; without SCATTER, out and other are. Nothing is added with atomics: every
+# number is written once, in a fixed order of summation, and two runs give the same bits.
 
 
 def tile_table(offsets: Tensor, m: int) -> Tensor:
@@ -225,19 +223,11 @@ def jit(function):
 
 @jit
 def rows_kernel(
-    # tensors: gate, and other with dot, may be None
-    x, w, out, gate, other, dot, slot, offsets, tiles,
-    # sizes: slots, inputs, outputs
-    n_slots, n_in, n_out,
-    # slots that share a row of x, of out
-    fan_in, fan_out,
-    # strides
-    stride_x, stride_we, stride_wi, stride_wo, stride_out, stride_other,
-    # x, out are numbered by slot (else by row)
-    GATHER: tl.constexpr, SCATTER: tl.constexpr,
-    # block sizes, number format
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    x, w, out, gate, other, dot, slot, offsets, tiles,  # gate, and other with dot, may be None
+    n_slots, n_in, n_out, fan_in, fan_out, stride_x, stride_we, stride_wi, stride_wo, stride_out, stride_other,
+    GATHER: tl.constexpr, SCATTER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
     n_blocks = tl.cdiv(n_out, BN)
     tile = tl.program_id(0) // n_blocks  # the programs of one tile follow each other: its rows of x stay in L2
     expert = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -291,19 +281,10 @@ def rows_kernel(
 
 @jit
 def dw_kernel(
-    # tensors
-    x, dout, dw, slot, offsets, heaviest,
-    # sizes: experts, inputs, outputs
-    n_expert, n_in, n_out,
-    # slots that share a row of x, of dout
-    fan_in, fan_out,
-    # strides
-    stride_x, stride_dout,
-    # x, dout are numbered by slot (else by row); parts of an expert
-    GATHER_X: tl.constexpr, GATHER_DOUT: tl.constexpr, PARTS: tl.constexpr,
-    # block sizes, number format
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    x, dout, dw, slot, offsets, heaviest, n_expert, n_in, n_out, fan_in, fan_out, stride_x, stride_dout,
+    GATHER_X: tl.constexpr, GATHER_DOUT: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
     blocks_o = tl.cdiv(n_out, BN)
     blocks = tl.cdiv(n_in, BM) * blocks_o
     block = tl.program_id(0) % blocks
@@ -341,7 +322,7 @@ def dw_kernel(
 
 
 def launch(kernel, programs: int, **arguments):
-    """Also where tests listen."""
+    """The one place where kernels start; tests look on."""
     with torch.cuda.device_of(arguments["x"]):  # Triton launches on the current device, whatever the tensors are on
         kernel[(programs,)](**arguments)
 
@@ -350,7 +331,7 @@ def schedule(x: Tensor) -> dict:
     """Block sizes without spills on sm_80, sm_90 and gfx942 (`python -m pytest -m slow`); the number format."""
     if x.dtype == torch.float64:
         raise TypeError("The Triton kernels sum in float32 and take no float64: use float32, or a CPU.")
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not INTERPRETED
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not INTERPRETED
     return dict(BN=128, BK=64 if x.element_size() <= 2 else 32, num_warps=8, num_stages=3,
                 PRECISION="tf32" if tf32 else "ieee", UPCAST=INTERPRETED and x.dtype == torch.bfloat16)
 
@@ -370,21 +351,21 @@ def aligned_weight(w: Tensor) -> Tensor:
 
 
 def multiply_rows(x, w, gate, r: Routing, fan_in, fan_out, other=None):
-    """rows_kernel and the sum of slots: out [M / fan_out, O], and dgate [M] if other is given."""
+    """rows_kernel and the sum of slots: out [M / fan_out, O]; and, if other [M / fan_out, O] is given, dgate [M]."""
     m, n_out, options = len(r.slot), w.shape[2], schedule(x)
     x, w = aligned(x), aligned_weight(w)
-    i, o = x.shape[1], w.shape[2]
+    i, o = x.shape[1], w.shape[2]  # padded
     blocks, out, dot = triton.cdiv(o, options["BN"]), x.new_empty(m, o), None
     if other is not None:
-        other, dot = aligned(other), gate.new_empty(triton.cdiv(o, options["BN"]), m)
+        other, dot = aligned(other), x.new_empty(blocks, m, dtype=torch.float32)
     launch(rows_kernel, len(r.tiles) * blocks, x=x, w=w, out=out, gate=gate, other=other, dot=dot, slot=r.slot,
            offsets=r.offsets, tiles=r.tiles, n_slots=m, n_in=i, n_out=o, fan_in=fan_in or 1, fan_out=fan_out or 1,
            stride_x=x.stride(0), stride_we=w.stride(0), stride_wi=w.stride(1), stride_wo=w.stride(2),
            stride_out=out.stride(0), stride_other=0 if other is None else other.stride(0), GATHER=fan_in is not None,
            SCATTER=fan_out is not None, BM=block_rows(m, len(r.offsets) - 1), **options)
     if fan_out is not None:
-        out = out.view(-1, fan_out, o).sum(1)                                    # [M / fan_out, O] in float32
-    return out[:, :n_out].contiguous(), dot if dot is None else dot.sum(0)
+        out = out.view(-1, fan_out, o).sum(1)                                    # [M / fan_out, O]
+    return out[:, :n_out].contiguous(), None if dot is None else dot.sum(0).to(gate.dtype)
 
 
 def multiply_dw(x, dout, r: Routing, fan_in, fan_out):
@@ -400,7 +381,7 @@ def multiply_dw(x, dout, r: Routing, fan_in, fan_out):
            heaviest=r.offsets.diff().argsort(descending=True).int(), n_expert=e, n_in=i, n_out=o, fan_in=fan_in or 1,
            fan_out=fan_out or 1, stride_x=x.stride(0), stride_dout=dout.stride(0), GATHER_X=fan_in is not None,
            GATHER_DOUT=fan_out is not None, PARTS=parts, BM=bm, **options)
-    return dw.sum(0)[:, :n_in, :n_out].contiguous()
+    return (dw[0] if parts == 1 else dw.sum(0))[:, :n_in, :n_out].contiguous()
 
 
 def triton_forward(x, w, gate, r: Routing, fan_in, fan_out):
@@ -408,8 +389,9 @@ def triton_forward(x, w, gate, r: Routing, fan_in, fan_out):
 
 
 def triton_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
+    # The same operation for dx: w transposed, the fans exchanged, and x multiplied with what has no gate yet for dgate
     dx, dgate = multiply_rows(dout, w.mT, gate, r, fan_out, fan_in, other=None if gate is None else x)
-    if gate is not None:  # outside of dw_kernel, which would have to take an operand through registers
+    if gate is not None:  # here, because inside dw_kernel it would end the asynchronous copies of an operand
         if x.shape[1] <= dout.shape[1]:
             x, fan_in = gather(x, r, fan_in), None
         else:
@@ -419,7 +401,7 @@ def triton_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The custom ops: opaque to torch.compile, which sees their shapes only
+# The custom ops: opaque to torch.compile, which sees their shapes only. Autocast would change the sums inside.
 
 
 @torch.library.custom_op("moeut::cvmm", mutates_args=())
@@ -428,7 +410,8 @@ def _forward(
     fan_in: int | None, fan_out: int | None,
 ) -> Tensor:  # fmt: skip
     run = triton_forward if backend(x.device) == "Triton" else torch_forward
-    return run(x, w, gate, Routing(None, slot, offsets, tiles), fan_in, fan_out)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, w, gate, Routing(None, len(w), slot, offsets, tiles), fan_in, fan_out)
 
 
 @_forward.register_fake
@@ -443,7 +426,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx like x; dw like w, in float32 at least; dgate like gate, or empty"""
     run = triton_backward if backend(x.device) == "Triton" else torch_backward
-    return run(dout, x, w, gate, Routing(None, slot, offsets, tiles), fan_in, fan_out)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(dout, x, w, gate, Routing(None, len(w), slot, offsets, tiles), fan_in, fan_out)
 
 
 @_backward.register_fake
@@ -486,21 +470,20 @@ def cvmm(
     that of w or, under autocast, autocast's.
     Raises ValueError when sizes or devices do not fit.
     """
-    (expert, slot, offsets, _), (n_expert, n_in, _) = routing, w.shape
-    m, tensors = len(expert), dict(x=x, w=w, gate=gate, routing=expert)
-    fits = x.shape == (m // (fan_in or 1), n_in) and m % (fan_in or 1) == m % (fan_out or 1) == 0
-    fits = fits and (gate is None or gate.numel() == m) and (slot is None or len(offsets) == n_expert + 1)
+    m, tensors = len(routing.expert), dict(x=x, w=w, gate=gate, routing=routing.expert)
+    fits = all(fan is None or fan >= 1 and m % fan == 0 for fan in (fan_in, fan_out))
+    fits = fits and x.shape == (m // (fan_in or 1), w.shape[1]) and routing.n_expert == len(w)
+    fits = fits and (gate is None or gate.numel() == m)
     if not fits or len({t.device for t in tensors.values() if t is not None}) > 1:
         given = ", ".join(f"{k} {tuple(t.shape)} on {t.device}" for k, t in tensors.items() if t is not None)
-        raise ValueError(
-            f"cvmm: these do not fit each other, fan_in {fan_in} and fan_out {fan_out}, or the routing is for another "
-            f"number of experts: {given}.")
+        routed = f"the routing's {routing.n_expert} experts"
+        raise ValueError(f"cvmm: fan_in {fan_in}, fan_out {fan_out} and {routed} do not fit {given}.")
     kind = x.device.type
     x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w.dtype)
-    gate = None if gate is None else gate.reshape(-1)
-    if slot is None:
-        return definition(x, w.to(x.dtype), expert, fan_in or 1, fan_out or 1, gate)
-    return _CVMM.apply(x, w, gate, fan_in, fan_out, *routing[1:])
+    gate = None if gate is None else gate.reshape(-1).contiguous()
+    if routing.slot is None:
+        return definition(x, w.to(x.dtype), routing.expert, fan_in or 1, fan_out or 1, gate)
+    return _CVMM.apply(x, w, gate, fan_in, fan_out, *routing[2:])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -530,15 +513,12 @@ def random_feedforward(n, C, F_, E, K, dtype, device):
 def check(device: str):
     """Output and gradients against the definition in float64, and two runs against each other."""
     for dtype, tolerance in ((torch.float32, 2e-3), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
-        *inputs, expert = random_feedforward(100, 82, 32, 7, 3, dtype, device)
-        with torch.no_grad():  # hidden units stay away from 0, where rounding could switch them and change gradients
-            inputs[0][:, 0], inputs[1][:, 0] = 64, torch.randn(7, 32).sign()
-        outputs = [feedforward(*inputs, expert) for _ in range(2)]
-        one, two = ([y, *torch.autograd.grad(y.sum(), inputs)] for y in outputs)
-        x, w_up, w_down, gate = exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
-        h = definition(x, w_up, expert.flatten(), fan_in=3).relu()
-        y = definition(h, w_down, expert.flatten(), fan_out=3, gate=gate.flatten())
-        want = [y, *torch.autograd.grad(y.sum(), exact)]
+        x, w, _, gate, expert = random_feedforward(100, 82, 32, 7, 3, dtype, device)
+        outputs = [cvmm(x, w, route(expert, 7), 3, 1, gate) for _ in range(2)]
+        one, two = ([y, *torch.autograd.grad(y.sum(), (x, w, gate))] for y in outputs)
+        exact = [t.detach().cpu().double().requires_grad_() for t in (x, w, gate.flatten())]
+        y = definition(exact[0], exact[1], expert.flatten().cpu(), 3, 1, exact[2])
+        want = [y, *(d.view(t.shape) for d, t in zip(torch.autograd.grad(y.sum(), exact), (x, w, gate), strict=True))]
         error = max(((a.cpu() - b).abs().max() / b.abs().max()).item() for a, b in zip(one, want, strict=True))
         same = all(map(torch.equal, one, two))
         print(f"{str(dtype)[6:]}: error {error:.1e} of the largest value, two runs {'equal' if same else 'DIFFER'}")
