@@ -1,8 +1,8 @@
 """MoEUT, the Mixture-of-Experts Universal Transformer (Csordas et al., 2024, arXiv 2405.16039).
 
-A Universal Transformer applies the same layer over and over, so depth costs no parameters: so few are left that a dense
-model would have to be far wider, and slower, to make up for them. MoEUT gets them back at little cost, and makes
-repeated layers work, with three ideas:
+A Universal Transformer applies the same layer over and over, so depth costs no parameters. But parameters are what a
+language model needs: with dense layers it would have to be far wider, and slower, to have as many as before. MoEUT adds
+parameters at little cost, and makes repeated layers work, with three ideas:
 
 1. Mixtures of experts in both halves of a layer: sigma-MoE in the feedforward (arXiv 2310.10837) and SwitchHead in the
    attention (arXiv 2312.07987). An expert is a small feedforward, or one matrix of an attention head. There are many,
@@ -10,9 +10,9 @@ repeated layers work, with three ideas:
 2. Layer grouping: not one layer but a small group of G different ones is repeated, ABABAB... Neighbours can then do
    different parts of one job, and each needs fewer experts.
 3. Peri-layernorm: a layernorm stands only where a softmax or sigmoid follows: before queries and keys, routers and the
-   head. With pre-layernorm a layer sees inputs of one size at every depth, while the residual stream that it adds to
-   grows: what it adds counts less and less, and a shared layer cannot make up for that. Experts that read the stream
-   itself give outputs that grow with it.
+   head. Values and feedforward read the residual stream itself. With pre-layernorm they would see inputs of one size at
+   every depth, while the stream that they add to grows: what they add would count less and less, and a shared layer
+   cannot make up for that.
 
 The same file holds what the paper compares with: `ffn`, `attention`, `group_size` and `layernorm` in the config turn
 MoEUT into the standard Transformer, the plain Universal Transformer, the sigma-MoE and the SwitchHead Transformer.
@@ -42,7 +42,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# cvmm multiplies every token by the matrices of its chosen experts only; the top of that file says how.
+# cvmm multiplies every token by the matrices of its chosen experts only. It works on slots, one for each (token,
+# choice): fan_in slots read the same row of the input, fan_out slots add up into the same row of the output. Where a
+# fan is left out, there is a row for each slot, in the order of experts. The top of that file has a picture.
 from cvmm import cvmm, route
 
 
@@ -67,18 +69,19 @@ class MoEUTConfig:
     att_top_k: int = 1  # J
     layernorm: Literal["peri", "pre", "post"] = "peri"
     dropout: float = 0.0  # on the output of attention and feedforward; 0 in all runs of the paper
-    expert_dropout: float = 0.0  # share of the experts that a token cannot choose, in training; 0 in the paper
+    expert_dropout: float = 0.0  # share of experts hidden from a token's choice in training; 0 in the paper
     ffn_reg: float = 0.01  # weight of the entropy regulariser on feedforward routers
     att_reg: float = 0.001  # ... on attention routers
 
     def __post_init__(self):
         for f in fields(self):
-            value, choices, end = getattr(self, f.name), get_args(f.type), 1 if "dropout" in f.name else math.inf
-            ok, rule = value in choices, f"one of {', '.join(choices)}"
+            value, end = getattr(self, f.name), 1 if "dropout" in f.name else math.inf
             if f.type is int:
                 ok, rule = type(value) is int and value >= 1, "a whole number of at least 1"
-            if f.type is float:
+            elif f.type is float:
                 ok, rule = type(value) in (int, float) and 0 <= value < end, f"a number of at least 0 and below {end}"
+            else:
+                ok, rule = value in get_args(f.type), f"one of {', '.join(get_args(f.type))}"
             if not ok:
                 raise ValueError(f"{f.name} is {value!r}: it must be {rule}.")
         for name, ok, rule in (
@@ -101,46 +104,46 @@ class MoEUTConfig:
         return self.n_layer * (attention + (2 * C * self.ffn_size if self.ffn == "dense" else moe))
 
 
-def normal(c: MoEUTConfig, *shape: int, fan_in: int) -> nn.Parameter:
-    """Initial weights, as in the authors' training code: those of a layer have standard deviation sqrt(2 / L / fan_in),
-    where L counts applications, and biases are 0. The fan in is the number of inputs, but E * F for w_down (all
-    experts, not the chosen ones) and H * D for w_o. The embedding has 1 / sqrt(C); layernorms and head stay as PyTorch
-    makes them. (The authors' clean repository goes on to give the rows of its routers equal norms.)"""
-    return nn.Parameter(math.sqrt(2 / c.n_layer / fan_in) * torch.randn(shape))
+def normal(c: MoEUTConfig, *shape: int, inputs: int) -> nn.Parameter:
+    """Initial weights, as in the authors' training code: those of a layer have standard deviation sqrt(2 / L / inputs),
+    where L counts applications, and biases are 0. w_down has E * F inputs (of all experts, not of the chosen ones), w_o
+    has H * D. The embedding has 1 / sqrt(C); layernorms and head stay as PyTorch makes them. (The authors' clean
+    repository goes on to give the rows of its routers equal norms.)"""
+    return nn.Parameter(math.sqrt(2 / c.n_layer / inputs) * torch.randn(shape))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Feedforward. From here to Layer, x is what a module transforms, and n is what its routers, queries and keys read. They
-# differ only with peri-layernorm, where n = LN(x).
+# From here to Layer, x is what a module transforms, and n is what its routers, queries and keys read. They differ only
+# with peri-layernorm, where n = LN(x).
 
 
 class Router(nn.Module):
     """Lets every token choose experts. A linear map gives `logits`, one for each expert; the `scores` are their
     sigmoids; the experts with the `top_k` largest scores are chosen; the `gate` of a chosen expert is its score, by
     which its output is multiplied. Scores are not normalised, so that experts do not compete for a share, and no expert
-    is ever full. A router can make several choices at once: for values and outputs of H heads, `choices` is (2, H)."""
+    is ever full. One router can make several choices: for the values and outputs of H heads, `choices` is (2, H)."""
 
     def __init__(self, c: MoEUTConfig, n_expert: int, top_k: int, choices: tuple[int, ...] = ()):
         super().__init__()
-        self.shape, self.top_k, self.dropout = (*choices, n_expert), top_k, c.expert_dropout
-        self.w = normal(c, math.prod(self.shape), c.n_embd, fan_in=c.n_embd)
+        self.shape, self.top_k, self.expert_dropout = (*choices, n_expert), top_k, c.expert_dropout
+        self.w = normal(c, math.prod(self.shape), c.n_embd, inputs=c.n_embd)
 
     def forward(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """n [B, T, C] -> gate and expert, [B, T, *choices, top_k] both, and in training, for the regulariser, the usage
         of the experts by each sequence [B, *choices, n_expert]."""
-        with torch.autocast(n.device.type, enabled=False):  # in bfloat16 half of the tokens have a tie at the cut
+        with torch.autocast(n.device.type, enabled=False):  # in bfloat16 half of the tokens have a tie at the top-K cut
             dtype = torch.promote_types(n.dtype, torch.float32)
             logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
-        ranking = logits.detach()  # the same as of scores: the sigmoid keeps the order
-        if self.training and self.dropout:
-            ranking = ranking.masked_fill(torch.rand_like(ranking) < self.dropout, -math.inf)
-        expert = ranking.topk(self.top_k, sorted=False).indices                          # [B, T, *choices, top_k]
+        scores = logits.sigmoid()                                                        # [B, T, *choices, n_expert]
+        candidates = logits.detach()  # the largest scores are those of the largest logits, which never saturate
+        if self.training and self.expert_dropout:
+            candidates = candidates.masked_fill(torch.rand_like(logits) < self.expert_dropout, -math.inf)
+        expert = candidates.topk(self.top_k, sorted=False).indices                       # [B, T, *choices, top_k]
         if torch.compiler.is_compiling():  # gather in other words, whose gradient torch 2.13's inductor may lose
-            chosen = expert.unsqueeze(-1) == torch.arange(logits.shape[-1], device=n.device)
-            gate = torch.where(chosen, logits.unsqueeze(-2), 0).sum(-1).sigmoid()
+            chosen = expert.unsqueeze(-1) == torch.arange(self.shape[-1], device=n.device)
+            gate = torch.where(chosen, scores.unsqueeze(-2), 0).sum(-1)
         else:
-            gate = logits.gather(-1, expert).sigmoid()                                   # [B, T, *choices, top_k]
-        # Counts of choices have no gradient; the mean probability under a softmax over all experts stands for them.
+            gate = scores.gather(-1, expert)                                             # [B, T, *choices, top_k]
+        # How often experts are chosen has no gradient; the mean of a softmax over all of them stands for it.
         usage = logits.softmax(-1).mean(1) if self.training else None                    # [B, *choices, n_expert]
         return gate, expert, usage
 
@@ -151,8 +154,8 @@ class SigmaMoE(nn.Module):
     def __init__(self, c: MoEUTConfig):
         super().__init__()
         self.router = Router(c, c.n_expert, c.top_k)
-        self.w_up = normal(c, c.n_expert, c.n_embd, c.expert_size, fan_in=c.n_embd)
-        self.w_down = normal(c, c.n_expert, c.expert_size, c.n_embd, fan_in=c.n_expert * c.expert_size)
+        self.w_up = normal(c, c.n_expert, c.n_embd, c.expert_size, inputs=c.n_embd)
+        self.w_down = normal(c, c.n_expert, c.expert_size, c.n_embd, inputs=c.n_expert * c.expert_size)
 
     def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor | None]:
         """x, n [B, T, C] -> [B, T, C], and the usage of the experts [B, E]."""
@@ -168,18 +171,14 @@ class DenseFFN(nn.Module):
 
     def __init__(self, c: MoEUTConfig):
         super().__init__()
-        self.w_up = normal(c, c.ffn_size, c.n_embd, fan_in=c.n_embd)
+        self.w_up = normal(c, c.ffn_size, c.n_embd, inputs=c.n_embd)
         self.b_up = nn.Parameter(torch.zeros(c.ffn_size))
-        self.w_down = normal(c, c.n_embd, c.ffn_size, fan_in=c.ffn_size)
+        self.w_down = normal(c, c.n_embd, c.ffn_size, inputs=c.ffn_size)
         self.b_down = nn.Parameter(torch.zeros(c.n_embd))
 
     def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, None]:
         h = F.linear(x, self.w_up, self.b_up).relu()                                     # [B, T, ffn_size]
         return F.linear(h, self.w_down, self.b_down), None                               # [B, T, C]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
 
 
 def rotary_table(head_size: int, start: int, stop: int, device) -> tuple[Tensor, Tensor]:
@@ -223,9 +222,10 @@ def attend(qk: Tensor, v: Tensor, rotary, cache: LayerCache | None) -> Tensor:
     if cache is not None:
         k, v = cache.append(k, v)                                                        # [B, H, S, D] both
     T, S, mask = q.shape[2], k.shape[2], None
-    if 1 < T < S:  # else one query sees all keys, or is_causal is true, which allows a faster kernel than a mask
+    if 1 < T < S:  # else a single query sees all keys, or is_causal says it, which allows a faster kernel
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S).transpose(1, 2)
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1 and T == S)
+    return a.transpose(1, 2)                                                             # [B, T, H, D]
 
 
 class SwitchHead(nn.Module):
@@ -241,20 +241,21 @@ class SwitchHead(nn.Module):
     def __init__(self, c: MoEUTConfig):
         super().__init__()
         C, H, D, A = c.n_embd, c.n_head, c.head_size, c.n_att_expert
-        self.w_qk = normal(c, 2 * H * D, C, fan_in=C)
+        self.w_qk = normal(c, 2 * H * D, C, inputs=C)
         self.router = Router(c, A, c.att_top_k, choices=(2, H))
-        self.w_v = normal(c, H * A, C, D, fan_in=C)
-        self.w_o = normal(c, H * A, D, C, fan_in=H * D)
+        self.w_v = normal(c, H * A, C, D, inputs=C)
+        self.w_o = normal(c, H * A, D, C, inputs=H * D)
 
     def forward(self, x: Tensor, n: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, Tensor | None]:
         """x, n [B, T, C] -> [B, T, C], and the usage of the experts [B, 2, H, A]."""
         (B, T, _), (_, H, A), J = x.shape, self.router.shape, self.router.top_k
         gate, expert, usage = self.router(n)                                             # [B, T, 2, H, J] both
         qk = F.linear(n, self.w_qk).unflatten(-1, (2, H, -1))                            # [B, T, 2, H, D]
-        if A <= 4 and x.device.type == "cpu":  # all experts, most with gate 0: a training step takes a tenth less time
+        if A <= 4 and x.device.type == "cpu":  # the same with all experts, those not chosen with gate 0: a tenth faster
             gates = gate.new_zeros(B, T, 2, H, A).scatter(-1, expert, gate).to(x.dtype).unsqueeze(-1)
-            v = (x @ self.w_v.transpose(0, 1).flatten(1)).view(B, T, H, A, -1) * gates[:, :, 0]      # [B, T, H, A, D]
-            a = attend(qk, v.sum(3), rotary, cache).unsqueeze(3) * gates[:, :, 1]        # [B, T, H, A, D]
+            w_v = self.w_v.transpose(0, 1).flatten(1)                                    # [C, H * A * D]
+            v = ((x @ w_v).view(B, T, H, A, -1) * gates[:, :, 0]).sum(3)                 # [B, T, H, D]
+            a = attend(qk, v, rotary, cache).unsqueeze(3) * gates[:, :, 1]               # [B, T, H, A, D]
             return a.flatten(2) @ self.w_o.flatten(0, 1), usage                          # [B, T, C]
         gate_v, gate_o = gate.unbind(2)                                                  # [B, T, H, J] both
         matrix = expert + A * torch.arange(H, device=x.device).unsqueeze(1)              # [B, T, 2, H, J]
@@ -272,9 +273,9 @@ class DenseAttention(nn.Module):
     def __init__(self, c: MoEUTConfig):
         super().__init__()
         C, H, D = c.n_embd, c.n_head, c.head_size
-        self.w_qk, self.n_head = normal(c, 2 * H * D, C, fan_in=C), H
-        self.w_v, self.w_o = normal(c, H * D, C, fan_in=C), normal(c, C, H * D, fan_in=H * D)
-        self.w_gate = normal(c, H, C, fan_in=C) if c.attention == "moe" else None
+        self.w_qk, self.n_head = normal(c, 2 * H * D, C, inputs=C), H
+        self.w_v, self.w_o = normal(c, H * D, C, inputs=C), normal(c, C, H * D, inputs=H * D)
+        self.w_gate = normal(c, H, C, inputs=C) if c.attention == "moe" else None
 
     def forward(self, x: Tensor, n: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, None]:
         qk = F.linear(n, self.w_qk).unflatten(-1, (2, self.n_head, -1))                  # [B, T, 2, H, D]
@@ -283,10 +284,6 @@ class DenseAttention(nn.Module):
         if self.w_gate is not None:
             a = a * F.linear(n, self.w_gate).sigmoid().unsqueeze(-1)                     # [B, T, H, D]
         return F.linear(a.flatten(2), self.w_o), None                                    # [B, T, C]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layer and model
 
 
 class Layer(nn.Module):
@@ -310,8 +307,8 @@ class Layer(nn.Module):
         if self.layernorm == "post":
             y, usage = module(x, x, *rest)
             return ln(x + self.dropout(y)), usage
-        n = ln(x)  # peri: only what goes into a softmax or sigmoid is normalised; what is transformed is not
-        y, usage = module(x if self.layernorm == "peri" else n, n, *rest)
+        n = ln(x)
+        y, usage = module(x if self.layernorm == "peri" else n, n, *rest)  # peri transforms x as it is
         return x + self.dropout(y), usage
 
 
@@ -366,15 +363,18 @@ class MoEUT(nn.Module):
         return Output(logits, cross_entropy + reg, cross_entropy, reg)
 
     def regulariser(self, usage) -> Tensor:
-        """Sum over the layers of the weighted negative entropy of expert usage, over all repeats and time steps of a
-        sequence together; the more evenly the experts are used, the lower. Without it a few experts could win every
-        token, and the others would never learn."""
+        """Sum over the layers of the weighted negative entropy of the usage of experts by a sequence, in all repeats
+        and tokens together: 0 when one expert takes all, -log E when all are used alike. Without it a few experts could
+        win every token, and the others would never learn."""
         total = torch.zeros((), device=self.head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
-            for weight, used in ((2 * self.config.att_reg, att), (self.config.ffn_reg, ffn)):  # 2: values and outputs
+            # Heads are averaged, values and outputs add up: twice the mean
+            for weight, used in ((2 * self.config.att_reg, att), (self.config.ffn_reg, ffn)):
                 if used[0] is not None:
-                    total = total + weight * negative_entropy(torch.stack(used).mean(0)).mean()
+                    p = torch.stack(used).mean(0)                                # [B, 2, H, A] or [B, E], sums to 1
+                    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # a p that has underflowed adds nothing
+                    total = total + weight * (p * log_p).sum(-1).mean()
         return total
 
     def generate(
@@ -407,12 +407,6 @@ class MoEUT(nn.Module):
             yield fresh.squeeze(1)
 
 
-def negative_entropy(p: Tensor) -> Tensor:
-    """sum_e p_e log p_e over the last dimension: 0 when one expert takes all, -log E when all are used alike. A p that
-    has underflowed adds nothing, and neither does its gradient, which is of the order of p."""
-    return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
-
-
 def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
     """One token for each row of logits: [B, V] -> [B, 1]"""
     if temperature == 0:
@@ -425,16 +419,13 @@ def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) ->
     return token.gather(-1, p.multinomial(1, generator=generator))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets, and the authors' weights
-
 TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")  # the standard one, which the paper compares with
 PRESETS = {
     # Made for two CPU cores: the five architectures with the same number of parameters, within 0.5%. The Universal
     # Transformer gets them by its width.
     "tiny": dict(),  # MoEUT: the defaults above
     "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=481),
-    "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=150, head_size=37, ffn_size=600),
+    "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=100, head_size=25, ffn_size=631),
     "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=15, expert_size=32, top_k=8),
     "switchhead-tiny": dict(
         ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2, ffn_size=441),
@@ -454,9 +445,10 @@ for size, C, moeut, dense in (  # the paper's sizes: MoEUT, and the Transformer 
     ("1B", 1536, (36, 4, 6, 128, 565, 24, 12), (36, 24, 64, 6144)),
 ):
     both = dict(n_embd=C, vocab_size=8000, block_size=1024, att_top_k=2)
-    names = "n_layer", "group_size", "n_head", "head_size"
-    PRESETS[f"moeut-{size}"] = both | dict(zip((*names, "n_expert", "top_k", "n_att_expert"), moeut, strict=True))
-    PRESETS[f"dense-{size}"] = both | TRANSFORMER | dict(zip((*names, "ffn_size"), dense[:1] + dense, strict=True))
+    names = "n_layer", "group_size", "n_head", "head_size", "n_expert", "top_k", "n_att_expert"
+    PRESETS[f"moeut-{size}"] = both | dict(zip(names, moeut, strict=True))
+    dense = dict(zip(("n_layer", "n_head", "head_size", "ffn_size"), dense, strict=True))
+    PRESETS[f"dense-{size}"] = both | TRANSFORMER | dense | dict(group_size=dense["n_layer"])
 
 
 def preset(name: str, **changes) -> MoEUTConfig:
