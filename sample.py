@@ -9,6 +9,7 @@
 From top to bottom: options; checkpoints, also those of the paper's authors; sampling; experts; scores.
 """
 
+import itertools
 import math
 import sys
 import time
@@ -16,12 +17,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from moeut import MoEUT, MoEUTConfig, Router, from_authors, preset
-from train import Options, Tokenizer, UserError, cli, load_model, option, parse, pick_device, read_checkpoint
+from moeut import MoEUT, Router, from_authors, preset
+from text import SentencePiece, Tokenizer
+from train import Options, cli, load_model, option, parse, pick_device, read_checkpoint
 
 
 @dataclass
@@ -36,120 +38,78 @@ class SampleOptions:
     top_p: float = option(1.0, "keep the fewest tokens that make up this probability", 1e-6, math.nextafter(1, 2))
     seed: int = option(0, "the same seed gives the same text", 0, 2**63)
     show_experts: bool = option(False, "do not continue the prompt: show the experts that its tokens choose")
-    tasks: list[str] = option([], "scores: tasks of the lm-evaluation-harness, or folders or YAML files of your own")
+    tasks: tuple = option((), "scores: tasks of the lm-evaluation-harness, or folders or YAML files of your own")
     limit: int = option(0, "documents of each task; 0 takes all", 0)
     tokenizer: str = option("", "the SentencePiece .model, for weights of the paper's authors")
-    preset: str = option("", "the model, for a state dict of the authors, which does not say what it is")
+    preset: str = option("", "the model, for weights of the paper's authors")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-class SentencePiece(Tokenizer):
-    """A tokenizer of the authors' kind."""
-
-    def __init__(self, path: str):
-        try:
-            from sentencepiece import SentencePieceProcessor
-
-            p = SentencePieceProcessor(model_proto=Path(path).read_bytes())
-        except ImportError:
-            raise UserError("A SentencePiece model needs a package: pip install -e '.[sentencepiece]'") from None
-        except RuntimeError:
-            raise UserError(f"{path} is not a SentencePiece model.") from None
-        text = [b"" if p.is_control(i) else p.id_to_piece(i).replace("\u2581", " ").encode() for i in range(len(p))]
-        self.tokens = [bytes([int(t[1:-1], 16)]) if p.is_byte(i) else t for i, t in enumerate(text)]
-        self.n_vocab, self.end, self.name = len(p), max(p.eos_id(), 0), path
-        self.encode = lambda text: np.array(p.encode(text), np.uint32)
+# Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
 def load(o: SampleOptions) -> tuple[MoEUT, Tokenizer]:
     """A checkpoint of train.py; or of the authors' training code; or a state dict of their clean repository."""
     path, stored = Path(o.out), read_checkpoint(Path(o.out))
-    args = (stored.get("run_invariants") or {}).get("args")
-    if "config" in stored or "run_invariants" not in stored and "embedding.weight" not in stored:
+    args = (stored.get("run_invariants") or {}).get("args", {})
+    if not args and "embedding.weight" not in stored:
         if o.tokenizer or o.preset:
-            raise UserError(f"--{'tokenizer' if o.tokenizer else 'preset'} cannot be given: {path} says what it is.")
+            sys.exit(f"--{'tokenizer' if o.tokenizer else 'preset'} cannot be given: {path} says what it is.")
         return load_model(path)[:2]
-    if not o.tokenizer or not args and not o.preset:
-        raise UserError(f"{path} holds weights of the paper's authors: give their --tokenizer=file.model"
-                        + ", and a --preset such as moeut-44M." * (not args))
-    try:
-        weights = stored["model"] if args else stored
-        n = len(weights["embedding.weight"])
-        config = authors_config(args, weights) if args else preset(o.preset, vocab_size=n)
-        model, tokenizer = from_authors(weights, config), SentencePiece(o.tokenizer)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise UserError(f"{path} does not fit: {str(e).splitlines()[-1].strip()}") from None
-    if tokenizer.n_vocab != config.vocab_size:
-        raise UserError(f"{path} knows {config.vocab_size} tokens and {o.tokenizer} has {tokenizer.n_vocab}.")
-    return model, tokenizer
-
-
-def authors_config(args: dict, weights: dict) -> MoEUTConfig:
-    """The sizes of a model of the authors' training code, from its command line and its weights."""
+    if not o.tokenizer or not o.preset:
+        sys.exit(f"{path} holds weights of the authors: give also --tokenizer=file.model and --preset=moeut-44M or so.")
     same = {"transformer.universal.group_type": "abab", "rope.rotate_fraction": 0.5, "rope.base": 10000}
     for name, known in same.items():
         if args.get(name, known) != known:
-            raise ValueError(f"it was trained with {name} {args[name]}, and only {known} is known here")
-    (E, C, F), H = weights["unique_layers.0.pkm.keys"].shape, args["transformer.n_heads"]
-    return MoEUTConfig(
-        vocab_size=len(weights["embedding.weight"]), block_size=args["lm.unroll"], n_embd=C, n_head=H, n_expert=E,
-        expert_size=F, top_k=args["pkm.n_heads"], att_top_k=args["moe.att.k"],
-        n_layer=args["transformer.encoder_n_layers"], group_size=sum(name.endswith("pkm.keys") for name in weights),
-        head_size=len(weights["unique_layers.0.self_attn.projections.q"]) // H,
-        n_att_expert=len(weights["unique_layers.0.self_attn.selections.v"]) // H)
+            sys.exit(f"{path} was trained with {name} {args[name]}: only {known} is known here.")
+    try:
+        weights = stored.get("model", stored)
+        model = from_authors(weights, preset(o.preset, vocab_size=len(weights["embedding.weight"])))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        sys.exit(f"{path}: {e}")
+    if (tokenizer := SentencePiece(o.tokenizer)).n_vocab != model.config.vocab_size:
+        sys.exit(f"{path} knows {model.config.vocab_size} tokens and {o.tokenizer} has {tokenizer.n_vocab}.")
+    return model, tokenizer
 
 
 def read_prompt(o: SampleOptions) -> str:
     if o.prompt and o.prompt_file:
-        raise UserError("--prompt and --prompt_file are both given: give one of them.")
-    if not o.prompt_file:
-        return o.prompt
+        sys.exit("--prompt and --prompt_file are both given: give one of them.")
     try:
-        text = (sys.stdin.buffer.read() if o.prompt_file == "-" else Path(o.prompt_file).read_bytes()).decode()
+        if o.prompt_file:
+            with open(0 if o.prompt_file == "-" else o.prompt_file, encoding="utf-8", newline="") as file:
+                prompt = file.read()
+            return prompt or sys.exit(f"--prompt_file: {o.prompt_file} is empty: give some text to continue.")
+        return o.prompt.encode(errors="surrogateescape").decode()
     except UnicodeDecodeError:
-        raise UserError(f"--prompt_file: {o.prompt_file} is not UTF-8 text.") from None
-    if not text:
-        raise UserError(f"--prompt_file: {o.prompt_file} is empty: give some text to continue.")
-    return text
+        sys.exit(f"The prompt{' in ' + o.prompt_file if o.prompt_file else ''} is not UTF-8 text.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
+# Sampling ------------------------------------------------------------------------------------------------------------
 
 
 def sample(model: MoEUT, tokenizer: Tokenizer, o: SampleOptions, prompt: str, idx: torch.Tensor):
     generator = torch.Generator(idx.device).manual_seed(o.seed)
-    started, count = time.time(), 0
+    started, rows = time.time(), []
 
     def tokens():
-        nonlocal count
         live = torch.ones(len(idx), dtype=torch.bool)
         for token in model.generate(idx, o.max_new_tokens, o.temperature, o.top_k or None, o.top_p, generator):
-            token = token.cpu()
-            live &= token != tokenizer.end
-            count += len(token)
-            yield token.tolist()
+            rows.append(token.tolist())
+            yield rows[-1]
+            live &= token.cpu() != tokenizer.end
             if not live.any():
                 return
 
-    if o.n_samples == 1:  # streamed; several are shown when they are complete
-        print(prompt, end="", flush=True)
-        for text in tokenizer.stream(row[0] for row in tokens()):
+    for i, steps in enumerate(itertools.tee(tokens(), o.n_samples)):  # the first one is shown while it grows
+        for text in itertools.chain([prompt], tokenizer.stream(row[i] for row in steps)):
             print(text, end="", flush=True)
-        print()
-    else:
-        for row in zip(*tokens(), strict=True):
-            print(prompt, *tokenizer.stream(row), sep="", end="\n" + "-" * 60 + "\n")
-    seconds = time.time() - started
+        print("\n" + "-" * 60 if o.n_samples > 1 else "")
+    seconds, count = time.time() - started, len(rows) * o.n_samples
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s on {idx.device}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Experts
+# Experts -------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -157,107 +117,99 @@ def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
     """The text once per layer application, every token with the feedforward expert that has its largest gate; and how
     evenly and how constantly all experts are used."""
     chosen = defaultdict(list)  # of each router, one (gate, expert) for each repeat, without the batch
-    routers = {m: name for name, m in model.named_modules() if isinstance(m, Router)}
+    routers = {name: m for name, m in model.named_modules() if isinstance(m, Router)}
     if not routers:
-        raise UserError("This model has no experts.")
-    for router in routers:
-        router.register_forward_hook(lambda router, _, out: chosen[router].append((out[0][0], out[1][0])))
+        sys.exit("This model has no experts.")
+    for name, router in routers.items():
+        router.register_forward_hook(lambda _, __, out, name=name: chosen[name].append((out[0][0], out[1][0])))
     model(idx)
-    words = [tokenizer.tokens[i].decode(errors="replace") if i < len(tokenizer.tokens) else "" for i in idx[0].tolist()]
-    G = model.config.group_size
-    for i in range(model.config.n_layer):
-        if (router := getattr(model.layers[i % G].ffn, "router", None)) is None:
-            continue
-        gate, expert = chosen[router][i // G]                                    # [T, K] both
+    words = [tokenizer.tokens.get(i, b"").decode(errors="replace") for i in idx[0].tolist()]
+    L, G = model.config.n_layer, model.config.group_size
+    for i in range(L if model.config.ffn == "moe" else 0):
+        gate, expert = chosen[f"layers.{i % G}.ffn.router"][i // G]              # [T, K] both
         best = expert.gather(1, gate.argmax(1, keepdim=True)).flatten().tolist()
-        print(f"\nlayer {'ABCDEFGHIJKL'[i % G]}, application {i + 1} of {model.config.n_layer}")
+        print(f"\nlayer {i % G + 1} of {G}, application {i + 1} of {L}")
         for word, e in zip(words, best, strict=True):
             mark = f"\x1b[48;5;{17 + e * 89 % 214}m{word}\x1b[0m" if sys.stdout.isatty() else f"{word}[{e}]"
             print(mark.replace("\n", "\\n\n"), end="")
         print()
     print(f"\n{'experts of':32} {'used':>6} {'evenness':>9} {'kept from repeat to repeat':>27}")
-    for router, name in routers.items():
+    for name, router in routers.items():
         n = router.shape[-1]
-        expert = torch.stack([e.flatten(1, -2) if e.dim() > 2 else e[:, None] for _, e in chosen[router]])
-        counts = torch.nn.functional.one_hot(expert, n).sum((1, 3))              # [R, choices, n]
+        expert = torch.stack([e.view(len(e), -1, router.top_k) for _, e in chosen[name]])     # [R, T, choices, K]
+        counts = F.one_hot(expert, n).sum((1, 3))                                # [R, choices, n]
         p = counts.sum(0) / counts.sum((0, 2))[:, None]                          # [choices, n]
         evenness = (torch.special.entr(p).sum(-1) / math.log(n)).mean()
-        same = (expert[1:, :, :, :, None] == expert[:-1, :, :, None]).any(-1).float().mean()
+        same = (expert[1:, ..., None] == expert[:-1, ..., None, :]).any(-1).float().mean()
         print(f"{name:32} {(p > 0).float().mean():6.0%} {evenness:9.2f} {same:27.0%}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
+# Scores --------------------------------------------------------------------------------------------------------------
 
 
 def log_likelihoods(model: MoEUT, pairs: list, batch_tokens: int = 8192) -> list[tuple[float, bool]]:
     """Of (context, continuation) token ids: log probability of the continuation, and whether it is the most likely."""
-    window, device, found = model.config.block_size, model.head.weight.device, {}
-    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    rows = [torch.tensor([*context, *end][-model.config.block_size - 1 :]) for context, end in pairs]
+    found, order = {}, sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     while order:
-        longest = min(len(pairs[order[0]][0]) + len(pairs[order[0]][1]), window + 1)
-        batch, order = order[: max(batch_tokens // longest, 1)], order[max(batch_tokens // longest, 1) :]
-        rows = [torch.tensor([*pairs[i][0], *pairs[i][1]][-window - 1 :]) for i in batch]
-        padded = pad_sequence(rows, batch_first=True).to(device)
+        n = max(batch_tokens // len(rows[order[0]]), 1)
+        some, order = order[:n], order[n:]
+        padded = pad_sequence([rows[i] for i in some], batch_first=True).to(model.head.weight.device)
         with torch.inference_mode():
-            logp = model(padded[:, :-1]).logits.float().log_softmax(-1)
-        target = padded[:, 1:, None]
-        likely = (logp.argmax(-1, keepdim=True) == target).squeeze(-1)
-        logp = logp.gather(-1, target).squeeze(-1)                               # [B, T]
-        for i, row, lp, ok in zip(batch, rows, logp, likely, strict=True):
-            part = slice(max(len(row) - 1 - len(pairs[i][1]), 0), len(row) - 1)
-            found[i] = lp[part].sum().item(), bool(ok[part].all())
+            logits, target = model(padded[:, :-1]).logits.float(), padded[:, 1:]
+        nats, likely = F.cross_entropy(logits.mT, target, reduction="none"), logits.argmax(-1) == target    # [B, T]
+        for i, nat, ok in zip(some, nats, likely, strict=True):
+            part = slice(max(len(rows[i]) - 1 - len(pairs[i][1]), 0), len(rows[i]) - 1)
+            found[i] = -nat[part].sum().item(), bool(ok[part].all())
     return [found[i] for i in range(len(pairs))]
 
 
 def evaluate_tasks(model: MoEUT, tokenizer: Tokenizer, tasks: list[str], limit: int):
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.api.model import LM
+        from lm_eval.api.model import TemplateLM
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
     except ImportError:
-        raise UserError("--tasks needs EleutherAI's lm-evaluation-harness: pip install -e '.[eval]'") from None
+        sys.exit("--tasks needs EleutherAI's lm-evaluation-harness: pip install -e '.[eval]'")
 
-    class Adapter(LM):
-        def loglikelihood(self, requests, **_):
-            pairs = []
-            for context, continuation in (r.args for r in requests):
-                space = len(context) - len(context.rstrip())  # belongs to the next word
-                context, continuation = context[: len(context) - space], context[len(context) - space :] + continuation
-                start = tokenizer.encode(context).tolist() if context else []
-                whole = tokenizer.encode(context + continuation).tolist()
-                pairs.append(([tokenizer.end, *whole[: len(start)]], whole[len(start) :]))
+    class Adapter(TemplateLM):
+        eot_token_id = tokenizer.end
+
+        def tok_encode(self, string, **_):
+            return tokenizer.encode(string).tolist()
+
+        def _loglikelihood_tokens(self, requests, **_):  # every context begins a document
+            pairs = [([tokenizer.end, *c] if text[0] else c, end) for text, c, end in requests]
             return log_likelihoods(model, pairs)
 
         def loglikelihood_rolling(self, requests, **_):
             totals = []
             for (text,) in (r.args for r in requests):
-                ids = tokenizer.encode(text).tolist()
-                cut = get_rolling_token_windows(ids, tokenizer.end, model.config.block_size, 1)
+                cut = get_rolling_token_windows(self.tok_encode(text), tokenizer.end, model.config.block_size, 1)
                 totals.append(sum(lp for lp, _ in log_likelihoods(model, list(map(make_disjoint_window, cut)))))
             return totals
 
         def generate_until(self, requests, **_):
-            raise UserError("Only tasks that score given text can be evaluated, not those that generate it.")
+            sys.exit("Only tasks that score given text can be evaluated, not those that generate it.")
 
     names = [str(f) for t in tasks for f in (sorted(Path(t).glob("*.yaml")) if Path(t).is_dir() else [t])]
     names = [str(Path(n).absolute()) if n.endswith(".yaml") else n for n in names]
     try:
         results = simple_evaluate(Adapter(), tasks=names, limit=limit or None)
     except (KeyError, ValueError, OSError) as e:  # no such task, or no network
-        raise UserError(f"--tasks: {str(e).splitlines()[0]}") from None
+        sys.exit(f"--tasks: {str(e).splitlines()[0]}")
     print(make_table(results) + ("\n" + make_table(results, "groups") if results.get("groups") else ""))
 
 
 def main():
-    given, _ = parse(SampleOptions, __doc__)
+    (given,) = parse(__doc__, SampleOptions)
     o = SampleOptions(**given)
     prompt, device = read_prompt(o), pick_device(o.device)
     model, tokenizer = load(o)
     model.to(device).eval()
     if o.tasks:
         return evaluate_tasks(model, tokenizer, o.tasks, o.limit)
-    ids, window = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.end], model.config.block_size
+    ids, window = tokenizer.encode(prompt).tolist() or [tokenizer.end], model.config.block_size
     if len(ids) > window:
         print(f"the prompt has {len(ids)} tokens, of which the newest {window} are read", file=sys.stderr)
     if o.show_experts:
