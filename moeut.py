@@ -86,6 +86,7 @@ class MoEUTConfig:
                 raise ValueError(f"{f.name} is {value!r}: it must be {rule}.")
         for name, ok, rule in (
             ("top_k", self.top_k <= self.n_expert, f"at most n_expert = {self.n_expert}"),
+            ("n_expert", max(self.n_expert, self.n_head * self.n_att_expert) < 2**15, "below 32768, on all heads too"),
             ("att_top_k", self.att_top_k <= self.n_att_expert, f"at most n_att_expert = {self.n_att_expert}"),
             ("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}"),
             ("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated"),

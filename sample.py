@@ -93,13 +93,9 @@ def sample(model: MoEUT, tokenizer: Tokenizer, o: SampleOptions, prompt: str, id
     started, rows = time.time(), []
 
     def tokens():
-        live = torch.ones(len(idx), dtype=torch.bool)
         for token in model.generate(idx, o.max_new_tokens, o.temperature, o.top_k or None, o.top_p, generator):
             rows.append(token.tolist())
             yield rows[-1]
-            live &= token.cpu() != tokenizer.end
-            if not live.any():
-                return
 
     for i, steps in enumerate(itertools.tee(tokens(), o.n_samples)):  # the first one is shown while it grows
         for text in itertools.chain([prompt], tokenizer.stream(row[i] for row in steps)):

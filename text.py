@@ -85,7 +85,8 @@ def find_files(patterns) -> list[Path]:
     for pattern in patterns:
         tops = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         found = {Path(p) for top in tops for p in (top, *glob.glob(f"{glob.escape(top)}/**", recursive=True))}
-        found = {p.resolve() for p in found if p.is_file() and not p.with_name("metrics.jsonl").exists()}
+        found = {p.resolve() for p in found if p.is_file() and
+                 (str(p) in tops or not p.with_name("metrics.jsonl").exists())}
         if not found:
             sys.exit(f"--data: there is no text at {pattern!r}: give a file, a folder with files, or a pattern.")
         files |= found

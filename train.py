@@ -133,6 +133,8 @@ def cli(main):
 
 # Checkpoints: one file of plain data and tensors, with all that sampling and --resume need ---------------------------
 
+STATE = "step", "seconds", "best", "metrics", "text_hash", "optimizer", "scaler"  # ... and the model
+
 
 def read_checkpoint(path: Path) -> dict:
     """What is in the file, or in last.pt of the folder."""
@@ -150,6 +152,7 @@ def load_model(path: Path) -> tuple[MoEUT, Tokenizer, dict]:
     """The model and the tokenizer of a checkpoint, and all that it holds."""
     stored = read_checkpoint(path)
     try:
+        Options(**stored["options"]), [stored[name] for name in STATE]
         model = MoEUT(MoEUTConfig(**stored["config"]))
         model.load_state_dict(stored["model"])
         return model, Tokenizer(stored["tokenizer"]), stored
@@ -275,7 +278,7 @@ def train(given: dict, changes: dict):
     model, tokenizer, stored = None, None, {}
     if resume or "init_from" in given:
         fixed = {"preset", "tokenizer", *changes} | ({"init_from", "seed", "tokens_per_step"} if resume else set())
-        for name in fixed & {*given, *changes}:
+        for name in sorted(fixed & {*given, *changes}):
             sys.exit(f"--{name} cannot be given with --{'resume' if resume else 'init_from'}: the checkpoint says it.")
         model, tokenizer, stored = load_model(out if resume else Path(given["init_from"]))
     if not resume and (out / "last.pt").exists():
@@ -394,20 +397,20 @@ def train(given: dict, changes: dict):
             logged = time.time(), step
 
         if rank == 0 and (step % o.eval_interval == 0 or done or stop):
-            val, state = math.nan if skipped else math.inf, "not saved, because the loss is not a number"
+            val = math.nan if skipped else math.inf
             if done or not stop:
                 val = evaluate(model, val_data, o.eval_tokens * (8 if done else 1), batch_size, trainer.autocast)
                 log(val_loss=val, val_bits_per_byte=val * bits[1])
-            if not math.isnan(val):
-                names = ["last.pt", "best.pt"] if val < run["best"] else ["last.pt"]
-                run["best"], state = min(val, run["best"]), f"saved in {out}"
-                for name in names:
-                    with aside(out / name) as file:
-                        torch.save(run | dict(model=model.state_dict(), optimizer=trainer.optimizer.state_dict(),
-                                              scaler=trainer.scaler.state_dict()), file)
-                draw(run["metrics"], out / "loss.png")
-            print(state)
-            if o.sample_tokens and not stop and not math.isnan(val):
+            if math.isnan(val):
+                sys.exit(f"The loss is not a number at step {step}: try a smaller --lr. What was saved before is kept.")
+            names = ["last.pt", "best.pt"] if val < run["best"] else ["last.pt"]
+            run["best"] = min(val, run["best"])
+            for name in names:
+                with aside(out / name) as file:
+                    torch.save(run | dict(model=model.state_dict(), optimizer=trainer.optimizer.state_dict(),
+                                          scaler=trainer.scaler.state_dict()), file)
+            draw(run["metrics"], out / "loss.png")
+            if o.sample_tokens and not stop:
                 ids = model.eval().generate(torch.tensor([[tokenizer.end]], device=device), o.sample_tokens, 0.8)
                 print("-" * 60, "".join(tokenizer.stream(i.item() for i in ids)), "-" * 60, sep="\n")
                 model.train()
@@ -415,9 +418,10 @@ def train(given: dict, changes: dict):
         if stop and not done:
             break
     if rank == 0 and not done:
-        sys.exit(f"Stopped after step {step}, {state}: `python train.py --resume --out={out}` goes on.")
-    if rank == 0:
-        print(f"done in {run['seconds']:.0f} s of training, {state}; now `python sample.py --out={out}`")
+        sys.exit(f"Stopped after step {step}, saved in {out}: `python train.py --resume --out={out}` goes on.")
+    if world > 1:
+        dist.destroy_process_group()
+    print(f"done in {run['seconds']:.0f} s of training, saved in {out}; now `python sample.py --out={out}`")
 
 
 # The bench, and finished runs side by side ---------------------------------------------------------------------------
@@ -460,7 +464,7 @@ def compare(folders: list[str]):
             o, c, metrics = Options(**run["options"]), MoEUTConfig(**run["config"]), run["metrics"]
             memory = max(m.get("peak_mib", 0) for m in metrics)
             result = [m["val_bits_per_byte"] for m in metrics if "val_loss" in m][-1], run["seconds"], memory
-        except (KeyError, TypeError, IndexError):
+        except (KeyError, TypeError, ValueError, IndexError):
             sys.exit(f"The run in {folder} has no evaluation yet: let it go on with --resume.")
         conditions = {k: run[k] for k in ("text_hash", "step")}
         conditions |= dict(tokens_per_step=o.tokens_per_step, vocab_size=c.vocab_size)
