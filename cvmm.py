@@ -217,8 +217,7 @@ def block_rows(m: int, n_expert: int) -> int:
 
 
 def jit(function):
-    fans = ["fan_in", "fan_out", "n_slots", "n_expert"]
-    return triton.jit(function, do_not_specialize=fans) if triton else function
+    return triton.jit(function, do_not_specialize=["fan_in", "fan_out", "n_slots"]) if triton else function
 
 
 @jit
@@ -275,25 +274,20 @@ def rows_kernel(
 #             acc += x[slot[rows] // fan_in, inputs]^T @ dout[slot[rows] // fan_out, outputs]
 #         dw[expert, inputs, outputs] = acc                                            zeros for an empty expert
 #
-# Where that makes too few programs to fill a GPU, the rows of an expert are split into equal parts. The slots of a
-# block are loaded one round ahead, because the loads of x and dout have to wait for them.
+# The slots of a block are loaded one round ahead, because the loads of x and dout have to wait for them.
 
 
 @jit
 def dw_kernel(
-    x, dout, dw, slot, offsets, heaviest, n_expert, n_in, n_out, fan_in, fan_out, stride_x, stride_dout,
-    GATHER_X: tl.constexpr, GATHER_DOUT: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    x, dout, dw, slot, offsets, heaviest, n_in, n_out, fan_in, fan_out, stride_x, stride_dout,
+    GATHER_X: tl.constexpr, GATHER_DOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     blocks_o = tl.cdiv(n_out, BN)
     blocks = tl.cdiv(n_in, BM) * blocks_o
     block = tl.program_id(0) % blocks
-    expert = tl.load(heaviest + tl.program_id(0) // blocks // PARTS)
-    part = tl.program_id(0) // blocks % PARTS
+    expert = tl.load(heaviest + tl.program_id(0) // blocks)
     begin, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
-    length = tl.cdiv(tl.cdiv(end - begin, PARTS), BK) * BK
-    begin += part * length
-    end = tl.minimum(end, begin + length)
 
     inputs = block // blocks_o * BM + tl.arange(0, BM)
     outputs = block % blocks_o * BN + tl.arange(0, BN)
@@ -312,7 +306,7 @@ def dw_kernel(
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
-    matrix = (part * n_expert + expert).to(tl.int64) * n_in * n_out
+    matrix = expert.to(tl.int64) * n_in * n_out
     inside = (inputs[:, None] < n_in) & (outputs[None, :] < n_out)
     tl.store(dw + matrix + inputs[:, None] * n_out + outputs[None, :], acc, mask=inside)
 
@@ -373,15 +367,12 @@ def multiply_dw(x, dout, r: Routing, fan_in, fan_out):
     n_in, n_out, e, options = x.shape[1], dout.shape[1], len(r.offsets) - 1, schedule(x)
     x, dout = aligned(x), aligned(dout)
     i, o = x.shape[1], dout.shape[1]
-    bm = 128 if x.element_size() <= 2 else 64
-    programs = e * triton.cdiv(i, bm) * triton.cdiv(o, options["BN"])
-    parts = 1 if programs >= 256 else 4
-    dw = x.new_empty(parts, e, i, o, dtype=torch.float32)
-    launch(dw_kernel, programs * parts, x=x, dout=dout, dw=dw, slot=r.slot, offsets=r.offsets,
-           heaviest=r.offsets.diff().argsort(descending=True).int(), n_expert=e, n_in=i, n_out=o, fan_in=fan_in or 1,
-           fan_out=fan_out or 1, stride_x=x.stride(0), stride_dout=dout.stride(0), GATHER_X=fan_in is not None,
-           GATHER_DOUT=fan_out is not None, PARTS=parts, BM=bm, **options)
-    return (dw[0] if parts == 1 else dw.sum(0))[:, :n_in, :n_out].contiguous()
+    bm, dw = 128 if x.element_size() <= 2 else 64, x.new_empty(e, i, o, dtype=torch.float32)
+    launch(dw_kernel, e * triton.cdiv(i, bm) * triton.cdiv(o, options["BN"]), x=x, dout=dout, dw=dw, slot=r.slot,
+           offsets=r.offsets, heaviest=r.offsets.diff().argsort(descending=True).int(), n_in=i, n_out=o,
+           fan_in=fan_in or 1, fan_out=fan_out or 1, stride_x=x.stride(0), stride_dout=dout.stride(0),
+           GATHER_X=fan_in is not None, GATHER_DOUT=fan_out is not None, BM=bm, **options)
+    return dw[:, :n_in, :n_out].contiguous()
 
 
 def triton_forward(x, w, gate, r: Routing, fan_in, fan_out):
