@@ -56,7 +56,9 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
     except ImportError:
         pass
 
+jit = triton.jit(do_not_specialize=["fan_in", "fan_out", "n_slots"]) if triton else lambda function: function
 force = None  # "PyTorch" | "Triton": tests compare the two
+FEW_SLOTS = 16  # of a decoded token, without gradients: up to here the definition takes less time than sorting
 
 
 def backend(device: torch.device) -> str:
@@ -64,8 +66,7 @@ def backend(device: torch.device) -> str:
     return force or ("Triton" if triton and device.type == "cuda" else "PyTorch")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The definition
+# The definition ------------------------------------------------------------------------------------------------------
 
 
 def definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int = 1, fan_out: int = 1, gate: Tensor | None = None):
@@ -83,8 +84,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Routing
+# Routing -------------------------------------------------------------------------------------------------------------
 
 
 class Routing(NamedTuple):
@@ -95,9 +95,6 @@ class Routing(NamedTuple):
     slot: Tensor | None  # [M] the slot of each row; None if they are so few that they are not sorted: row s is slot s
     offsets: Tensor | None  # [E + 1] where the rows of each expert begin, and where all end
     tiles: Tensor | None  # [n, 2] for the first kernel: expert and first row of each tile; None for PyTorch
-
-
-FEW_SLOTS = 16  # of a decoded token, without gradients: up to here the definition takes less time than sorting
 
 
 def route(expert: Tensor, n_expert: int) -> Routing:
@@ -128,8 +125,7 @@ def check_experts(exist: bool, n_expert: int):
         raise ValueError(f"An expert was chosen that is not one of the {n_expert}: they are numbered from 0.")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The PyTorch path: gather the rows of all experts, one matmul for each expert, add up the slots
+# The PyTorch path: gather the rows of all experts, one matmul for each expert, add up the slots ----------------------
 
 
 def gather(x: Tensor, r: Routing, fan: int | None) -> Tensor:
@@ -169,7 +165,7 @@ def torch_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
         torch.mm(dout[rows], w[e].T, out=dx[rows])
     if gate is not None:
         dgate, g = gate.new_empty(gate.shape), gate[r.slot, None]                # [M], [M, 1]
-        dgate[r.slot] = (dx * x).sum(1, dtype=gate.dtype)
+        dgate[r.slot] = (dx * x.to(sum_dtype(x))).sum(1, dtype=gate.dtype)
         dx *= g
         x, dout = gate_narrower(x, dout, g)
     for e, rows in experts(r):
@@ -182,8 +178,7 @@ def gate_narrower(x, dout, gate):
     return ((x * gate).to(x.dtype), dout) if x.shape[1] <= dout.shape[1] else (x, (dout * gate).to(x.dtype))
 
 
-# ---------------------------------------------------------------------------------------------------
-# The Triton path: two kernels
+# The Triton path: two kernels, not run on a GPU yet ------------------------------------------------------------------
 #
 # The first multiplies rows by the matrix of their expert, forward and for dx. The rows are cut into tiles of at most
 # BM that never span two experts, listed in `tiles`, with -1 for the surplus, so that the grid has a fixed size:
@@ -191,7 +186,7 @@ def gate_narrower(x, dout, gate):
 #     for each tile (expert, first row), for each block of BN columns:        one program
 #         for each block of BK inputs:
 #             acc += x[slot[rows] // fan_in, inputs] @ w[expert, inputs, columns]
-#         dot[slot[rows], block] = sum over columns of acc * other[slot[rows] // fan_out, columns]      for dgate only
+#         dot[block, slot[rows]] = sum over columns of acc * other[slot[rows] // fan_out, columns]      for dgate only
 #         out[slot[rows], columns] = gate[slot[rows]] * acc                   the caller sums the slots
 #
 # Without GATHER, x is in the order of rows; without SCATTER, out and other are. Nothing is added with atomics: every
@@ -213,11 +208,7 @@ def tile_table(offsets: Tensor, m: int) -> Tensor:
 
 def block_rows(m: int, n_expert: int) -> int:
     """Rows of a tile: about the rows of an expert, from 16 to 128. Known without a look at the counts."""
-    return min(max(1 << (m // n_expert - 1).bit_length(), 16), 128)
-
-
-def jit(function):
-    return triton.jit(function, do_not_specialize=["fan_in", "fan_out", "n_slots"]) if triton else function
+    return next(size for size in (16, 32, 64, 128) if size >= min(m // n_expert, 128))
 
 
 @jit
@@ -311,8 +302,7 @@ def dw_kernel(
     tl.store(dw + matrix + inputs[:, None] * n_out + outputs[None, :], acc, mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------
-# What launches them
+# What launches them --------------------------------------------------------------------------------------------------
 
 
 def launch(kernel, programs: int, **arguments):
@@ -322,10 +312,11 @@ def launch(kernel, programs: int, **arguments):
 
 
 def schedule(x: Tensor) -> dict:
-    """Block sizes without spills on sm_80, sm_90 and gfx942 (`python -m pytest -m slow`); the number format."""
+    """Block sizes without spills on sm_80 and sm_90 (`python -m pytest -m slow`); the number format."""
     if x.dtype == torch.float64:
         raise TypeError("The Triton kernels sum in float32 and take no float64: use float32, or a CPU.")
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not INTERPRETED
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = tf32 and torch.version.hip is None and not INTERPRETED
     return dict(BN=128, BK=64 if x.element_size() <= 2 else 32, num_warps=8, num_stages=3,
                 PRECISION="tf32" if tf32 else "ieee", UPCAST=INTERPRETED and x.dtype == torch.bfloat16)
 
@@ -391,16 +382,13 @@ def triton_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
     return dx, multiply_dw(x, dout, r, fan_in, fan_out), x.new_empty(0) if gate is None else dgate
 
 
-# ---------------------------------------------------------------------------------------------------
-# The custom ops: opaque to torch.compile, which sees their shapes only. Autocast would change the sums inside.
+# The custom ops: opaque to torch.compile, which sees their shapes only. Autocast would change the sums inside. -------
 
 
 @torch.library.custom_op("moeut::cvmm", mutates_args=())
-def _forward(
-    x: Tensor, w: Tensor, gate: Tensor | None, slot: Tensor, offsets: Tensor, tiles: Tensor | None,
-    fan_in: int | None, fan_out: int | None,
-) -> Tensor:  # fmt: skip
-    run = triton_forward if backend(x.device) == "Triton" else torch_forward
+def _forward(x: Tensor, w: Tensor, gate: Tensor | None, slot: Tensor, offsets: Tensor, tiles: Tensor | None,
+             fan_in: int | None, fan_out: int | None) -> Tensor:
+    run = torch_forward if tiles is None else triton_forward
     with torch.autocast(x.device.type, enabled=False):
         return run(x, w, gate, Routing(None, len(w), slot, offsets, tiles), fan_in, fan_out)
 
@@ -411,12 +399,10 @@ def _(x, w, gate, slot, offsets, tiles, fan_in, fan_out):
 
 
 @torch.library.custom_op("moeut::cvmm_backward", mutates_args=())
-def _backward(
-    dout: Tensor, x: Tensor, w: Tensor, gate: Tensor | None, slot: Tensor, offsets: Tensor, tiles: Tensor | None,
-    fan_in: int | None, fan_out: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward(dout: Tensor, x: Tensor, w: Tensor, gate: Tensor | None, slot: Tensor, offsets: Tensor,
+              tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """dx like x; dw like w, in float32 at least; dgate like gate, or empty"""
-    run = triton_backward if backend(x.device) == "Triton" else torch_backward
+    run = torch_backward if tiles is None else triton_backward
     with torch.autocast(x.device.type, enabled=False):
         return run(dout, x, w, gate, Routing(None, len(w), slot, offsets, tiles), fan_in, fan_out)
 
@@ -427,8 +413,7 @@ def _(dout, x, w, gate, slot, offsets, tiles, fan_in, fan_out):
     return x.new_empty(x.shape), x.new_empty(w.shape, dtype=sum_dtype(x)), dgate
 
 
-# ---------------------------------------------------------------------------------------------------
-# Autograd, and the public function
+# Autograd, and the public function -----------------------------------------------------------------------------------
 
 
 class _CVMM(torch.autograd.Function):
@@ -449,21 +434,19 @@ class _CVMM(torch.autograd.Function):
         return dx, dw, None if gate is None else dgate, *[None] * 5
 
 
-def cvmm(
-    x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_out: int | None = None,
-    gate: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_out: int | None = None,
+         gate: Tensor | None = None) -> Tensor:
     """out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]], once differentiable in x, w and gate.
 
     Args: x [M / fan_in, I], or [M, I] in the order of rows if fan_in is left out; w [E, I, O]; the routing of M slots
     to E experts; gate, M numbers in the order of slots, 1 if left out.
     Returns [M / fan_out, O], or [M, O] in the order of rows if fan_out is left out, in the precision of the matmul:
     that of w or, under autocast, autocast's.
-    Raises ValueError when sizes or devices do not fit.
+    Raises ValueError when sizes or devices do not fit; TypeError for float64 on a GPU.
     """
     m, tensors = len(routing.expert), dict(x=x, w=w, gate=gate, routing=routing.expert)
     fits = all(fan is None or fan >= 1 and m % fan == 0 for fan in (fan_in, fan_out))
-    fits = fits and x.shape == (m // (fan_in or 1), w.shape[1]) and routing.n_expert == len(w)
+    fits = fits and w.dim() == 3 and x.shape == (m // (fan_in or 1), w.shape[1]) and routing.n_expert == len(w)
     fits = fits and (gate is None or gate.numel() == m)
     if not fits or len({t.device for t in tensors.values() if t is not None}) > 1:
         given = ", ".join(f"{k} {tuple(t.shape)} on {t.device}" for k, t in tensors.items() if t is not None)
@@ -477,11 +460,9 @@ def cvmm(
     return _CVMM.apply(x, w, gate, fan_in, fan_out, *routing[2:])
 
 
-# ---------------------------------------------------------------------------------------------------
-# The bench: the feedforwards of models that people train, beside dense ones of equal FLOPs
+# The bench: the feedforwards of models that people train, beside dense ones of equal FLOPs ---------------------------
 
-#                C     F    E    K
-SHAPES = {
+SHAPES = {  # C, F, E, K
     "cpu": {"tiny": (64, 128, 8, 2), "small": (256, 320, 18, 2)},
     "cuda": {"44M": (412, 128, 155, 12), "244M": (1024, 128, 387, 16), "1B": (1536, 128, 565, 24)},
 }

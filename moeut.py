@@ -10,9 +10,9 @@ parameters at little cost, and makes repeated layers work, with three ideas:
 2. Layer grouping: not one layer but a small group of G different ones is repeated, ABABAB... Neighbours can then do
    different parts of one job, and each needs fewer experts.
 3. Peri-layernorm: a layernorm stands only where a softmax or sigmoid follows: before queries and keys, routers and the
-   head. Values and feedforward read the residual stream itself. With pre-layernorm they would see inputs of one size at
-   every depth, while the stream that they add to grows: what they add would count less and less, and a shared layer
-   cannot make up for that.
+   output layer. Values and feedforward read the residual stream itself. With pre-layernorm their inputs would have one
+   size at every depth, while the stream that they add to grows: what they add would count less and less. Separate
+   layers can learn larger weights with depth, a shared one cannot; but what it makes of the stream grows with it.
 
 The same file holds what the paper compares with: `ffn`, `attention`, `group_size` and `layernorm` in the config turn
 MoEUT into the standard Transformer, the plain Universal Transformer, the sigma-MoE and the SwitchHead Transformer.
@@ -28,7 +28,7 @@ Letters in the shape comments, code name and meaning:
     F  expert_size   hidden units of an expert          P               rotated dimensions of a head
     A  n_att_expert  experts per head                   J  att_top_k    ... chosen per token and head
 
-Not in here: load balancing beyond the paper's entropy term, sequence packing, a tokenizer (see train.py).
+Not in here: load balancing beyond the paper's entropy term, sequence packing, a tokenizer (see text.py).
 """
 
 import math
@@ -43,8 +43,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # cvmm multiplies every token by the matrices of its chosen experts only. It works on slots, one for each (token,
-# choice): fan_in slots read the same row of the input, fan_out slots add up into the same row of the output. Where a
-# fan is left out, there is a row for each slot, in the order of experts. The top of that file has a picture.
+# choice), which `route` sorts by expert: each run of fan_in slots reads one row of the input, each run of fan_out
+# slots, times their gates, adds up into one row of the output. Without a fan, there is a row for each slot, sorted.
+# cvmm.py begins with a picture.
 from cvmm import cvmm, route
 
 
@@ -65,7 +66,7 @@ class MoEUTConfig:
     top_k: int = 2  # K; compute grows with K * F
     ffn_size: int = 512  # hidden units of a dense feedforward
     attention: Literal["moe", "dense"] = "moe"  # moe is SwitchHead
-    n_att_expert: int = 2  # A; with 1 there is nothing to choose: dense values and outputs, and a gate for each head
+    n_att_expert: int = 2  # A for values, A for outputs; with 1: dense ones, and a gate for each head
     att_top_k: int = 1  # J
     layernorm: Literal["peri", "pre", "post"] = "peri"
     dropout: float = 0.0  # on the output of attention and feedforward; 0 in all runs of the paper
@@ -161,7 +162,7 @@ class SigmaMoE(nn.Module):
     def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor | None]:
         """x, n [B, T, C] -> [B, T, C], and the usage of the experts [B, E]."""
         gate, expert, usage = self.router(n)                                             # [B, T, K] both, [B, E]
-        K, r = self.router.top_k, route(expert, len(self.w_up))  # sorts tokens by expert, once for both matmuls
+        K, r = self.router.top_k, route(expert, len(self.w_up))  # sorts slots by expert, once for both matmuls
         h = cvmm(x.flatten(0, 1), self.w_up, r, fan_in=K).relu()                         # [N * K, F], sorted by expert
         y = cvmm(h, self.w_down, r, fan_out=K, gate=gate)                                # [N, C]
         return y.view_as(x), usage
@@ -200,8 +201,8 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class LayerCache:
-    """Keys and values of the past tokens in one layer *application*: a layer that is repeated three times sees three
-    different inputs. So repeating layers makes the caches no smaller; having fewer heads does."""
+    """Rotated keys, and values after their experts, of the past tokens in one layer *application*: a layer that is
+    repeated three times sees three different inputs. So repeating makes caches no smaller; having fewer heads does."""
 
     def __init__(self, c: MoEUTConfig, batch: int, capacity: int, device=None, dtype=None):
         self.kv = torch.empty(2, batch, c.n_head, capacity, c.head_size, device=device, dtype=dtype)
@@ -305,12 +306,10 @@ class Layer(nn.Module):
 
     def residual(self, x: Tensor, ln: nn.LayerNorm, module: nn.Module, *rest):
         """x + module(x), with the layernorm in its place"""
-        if self.layernorm == "post":
-            y, usage = module(x, x, *rest)
-            return ln(x + self.dropout(y)), usage
-        n = ln(x)
-        y, usage = module(x if self.layernorm == "peri" else n, n, *rest)  # peri transforms x as it is
-        return x + self.dropout(y), usage
+        n = x if self.layernorm == "post" else ln(x)
+        y, usage = module(n if self.layernorm == "pre" else x, n, *rest)
+        x = x + self.dropout(y)
+        return ln(x) if self.layernorm == "post" else x, usage
 
 
 class Output(NamedTuple):

@@ -93,8 +93,7 @@ FAMILY = {
 }
 family = pytest.mark.parametrize("changes", FAMILY.values(), ids=FAMILY)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The equations of the paper
+# The equations of the paper ------------------------------------------------------------------------------------------
 
 
 def equations(model, idx, targets):
@@ -326,8 +325,7 @@ def test_a_dense_layer_is_all_experts_or_equal_ones_with_gates_of_one(A):
     close([moe.ffn(x, n)[0], moe.attention(x, n, rotary)[0]], [dense.ffn(x, n)[0], dense.attention(x, n, rotary)[0]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sharing, causality, caches, regulariser, dropout, compiling, precision, generation
+# Sharing, causality, caches, regulariser, dropout, compiling, precision, generation ----------------------------------
 
 
 @pytest.mark.parametrize("chunks", [[1] * 20, [7, 1, 1, 9, 1, 5]], ids=["tokens", "chunks"])
@@ -684,8 +682,7 @@ def test_custom_ops(path, gated, dtype, fans):
         torch.library.opcheck(torch.ops.moeut.cvmm_backward.default, (dout, *rest))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The Triton kernels
+# The Triton kernels --------------------------------------------------------------------------------------------------
 
 
 @needs_triton
@@ -853,8 +850,7 @@ def test_what_the_kernels_compile_to(everything):
             assert count["HGMMA" if large else "tensor_cores"] > 0 or form == "float32", lines  # TF32 has tensor cores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The scripts: main() runs in this process, in an empty folder with a cache of its own
+# The scripts: main() runs in this process, in an empty folder with a cache of its own --------------------------------
 
 
 TEXT = "".join(f"{i} · {i + 7} = {i * (i + 7)} — naïve 🙂{'漢字' * (i > 137)}\n" for i in range(150))
@@ -917,8 +913,7 @@ def decoded(ids):
     return bytes(i % 256 for i in ids.tolist()).decode()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
+# Text ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, n_vocab", [("bytes", 257), ("bpe", 300)])
@@ -997,8 +992,7 @@ def test_windows_visit_everything_once_per_epoch(length):
     assert x[:, 0].tolist() == starts[:3] and torch.equal(y, x + 1) and x.shape[1] == T and x.dtype == torch.int64
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# Training ------------------------------------------------------------------------------------------------------------
 
 
 def test_learning_rate_and_recipes():
@@ -1151,8 +1145,7 @@ def test_compare_and_bench(run):
     assert len(re.findall(r"^.+[\d,.]+ +[\d,.]+ +\d+\.\d\d$", table, re.MULTILINE)) == 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling, experts, scores
+# Sampling, experts, scores -------------------------------------------------------------------------------------------
 
 
 def set_end(bias):
@@ -1269,8 +1262,7 @@ def test_weights_of_the_authors(run, monkeypatch):
         assert printed == best.decode(errors="replace")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input: one sentence that names the culprit, and nothing lost
+# Bad input: one sentence that names the culprit, and nothing lost ----------------------------------------------------
 
 
 BAD = [  # what is run, and what is added: the sentence contains the name of the last option, or what follows the arrow
