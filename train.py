@@ -152,7 +152,7 @@ def load_model(path: Path) -> tuple[MoEUT, Tokenizer, dict]:
     """The model and the tokenizer of a checkpoint, and all that it holds."""
     stored = read_checkpoint(path)
     try:
-        Options(**stored["options"]), [stored[name] for name in STATE]
+        Options(**stored["options"]), [stored[name] for name in STATE]  # or it is not whole
         model = MoEUT(MoEUTConfig(**stored["config"]))
         model.load_state_dict(stored["model"])
         return model, Tokenizer(stored["tokenizer"]), stored
