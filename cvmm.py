@@ -161,21 +161,24 @@ def torch_forward(x, w, gate, r: Routing, fan_in, fan_out):
 def torch_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
     x, dout = gather(x, r, fan_in), gather(dout, r, fan_out)                     # [M, I], [M, O]
     dx, dw, dgate = x.new_empty(x.shape), x.new_empty(w.shape), x.new_empty(0)
+    x_gated, dout_gated, *_ = gate_narrower(x, dout, gate, r, None, None)
     for e, rows in experts(r):
         torch.mm(dout[rows], w[e].T, out=dx[rows])
+        torch.mm(x_gated[rows].T, dout_gated[rows], out=dw[e])                   # zeros for an expert without rows
     if gate is not None:
-        dgate, g = gate.new_empty(gate.shape), gate[r.slot, None]                # [M], [M, 1]
+        dgate = gate.new_empty(gate.shape)                                       # [M]
         dgate[r.slot] = (dx * x.to(sum_dtype(x))).sum(1, dtype=gate.dtype)
-        dx *= g
-        x, dout = gate_narrower(x, dout, g)
-    for e, rows in experts(r):
-        torch.mm(x[rows].T, dout[rows], out=dw[e])                               # zeros for an expert without rows
+        dx *= gate[r.slot, None]
     return scatter(dx, r, fan_in), dw.to(sum_dtype(dw)), dgate
 
 
-def gate_narrower(x, dout, gate):
-    """x and dout, the narrower of them multiplied by the gates [M, 1]."""
-    return ((x * gate).to(x.dtype), dout) if x.shape[1] <= dout.shape[1] else (x, (dout * gate).to(x.dtype))
+def gate_narrower(x, dout, gate, r: Routing, fan_in, fan_out):
+    """x, dout and their fans, for dw: the narrower of the two gathered and multiplied by the gates."""
+    if gate is None:
+        return x, dout, fan_in, fan_out
+    if x.shape[1] <= dout.shape[1]:
+        return (gather(x, r, fan_in) * gate[r.slot, None]).to(x.dtype), dout, None, fan_out
+    return x, (gather(dout, r, fan_out) * gate[r.slot, None]).to(dout.dtype), fan_in, None
 
 
 # The Triton path: two kernels, not run on a GPU yet ------------------------------------------------------------------
@@ -373,12 +376,8 @@ def triton_forward(x, w, gate, r: Routing, fan_in, fan_out):
 def triton_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
     # The same operation for dx: w transposed, the fans exchanged, and x multiplied with what has no gate yet for dgate
     dx, dgate = multiply_rows(dout, w.mT, gate, r, fan_out, fan_in, other=None if gate is None else x)
-    if gate is not None:  # here, because inside dw_kernel it would end the asynchronous copies of an operand
-        if x.shape[1] <= dout.shape[1]:
-            x, fan_in = gather(x, r, fan_in), None
-        else:
-            dout, fan_out = gather(dout, r, fan_out), None
-        x, dout = gate_narrower(x, dout, gate[r.slot, None])
+    # Gated here, because inside dw_kernel it would end the asynchronous copies of an operand
+    x, dout, fan_in, fan_out = gate_narrower(x, dout, gate, r, fan_in, fan_out)
     return dx, multiply_dw(x, dout, r, fan_in, fan_out), x.new_empty(0) if gate is None else dgate
 
 
