@@ -303,6 +303,7 @@ def train(given: dict, changes: dict):
         tokenizer, *loaded = load_text(o.data, o.tokenizer, config.vocab_size, tokenizer)
     if world > 1:
         dist.broadcast_object_list(spec := [tokenizer and tokenizer.spec])
+    if rank > 0:
         tokenizer, *loaded = load_text(o.data, o.tokenizer, config.vocab_size, Tokenizer(spec[0]))
     data, val_data, bits, text_hash = loaded
     if resume and stored["text_hash"] != text_hash:
