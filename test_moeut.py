@@ -503,7 +503,7 @@ INVALID = [
     ("4 tokens in a batch of 2, not 5", lambda m: m(tokens(2, 5), cache=m.new_cache(2, 4))),
     ("in one of 2", lambda m: m(tokens(2, 4), cache=m.new_cache(1, 4))),
     *(("shape", lambda m, s=shape: m.generate(tokens(*s), 1)) for shape in ((16,), (2, 0), (0, 4))),
-    *((name, lambda m, o={name: bad}: m.generate(tokens(1, 4), 1, **o)) for name, bad in (  # noqa: B008
+    *((name, lambda m, name=name, bad=bad: m.generate(tokens(1, 4), 1, **{name: bad})) for name, bad in (
         ("temperature", -1), ("temperature", math.nan), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)))])
 def test_refuses_at_once(named, call):
     """What does not fit is said at the call; of `generate` before the first token is asked for."""
