@@ -133,12 +133,13 @@ def gather(x: Tensor, r: Routing, fan: int | None) -> Tensor:
     return x if fan is None else x.index_select(0, r.slot // fan)
 
 
-def scatter(y: Tensor, r: Routing, fan: int | None) -> Tensor:
-    """Sum the rows [M, width] of fan slots each, in float32 at least: [M / fan, width]"""
+def scatter(y: Tensor, r: Routing, fan: int | None, gate: Tensor | None) -> Tensor:
+    """Multiply the rows [M, width] by their gates, and sum those of fan slots each: [M / fan, width]"""
     if fan is None:
-        return y
-    out = y.new_zeros(len(y) // fan, y.shape[1], dtype=sum_dtype(y))
-    return out.index_add_(0, r.slot // fan, y.to(out.dtype)).to(y.dtype)
+        return y if gate is None else y.mul_(gate[r.slot, None])
+    row = torch.empty_like(r.slot).scatter_(0, r.slot, torch.arange(len(y), device=y.device))   # [M] of each slot
+    weights = None if gate is None else gate.view(-1, fan).to(sum_dtype(y))
+    return F.embedding_bag(row.view(-1, fan), y.to(sum_dtype(y)), mode="sum", per_sample_weights=weights).to(y.dtype)
 
 
 def experts(r: Routing):
@@ -153,9 +154,7 @@ def torch_forward(x, w, gate, r: Routing, fan_in, fan_out):
     y = x.new_empty(len(x), w.shape[2])                                          # [M, O]
     for e, rows in experts(r):
         torch.mm(x[rows], w[e], out=y[rows])
-    if gate is not None:
-        y *= gate[r.slot, None]
-    return scatter(y, r, fan_out)                                                # [M / fan_out, O]
+    return scatter(y, r, fan_out, gate)                                          # [M / fan_out, O]
 
 
 def torch_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
@@ -168,8 +167,7 @@ def torch_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
     if gate is not None:
         dgate = gate.new_empty(gate.shape)                                       # [M]
         dgate[r.slot] = (dx * x.to(sum_dtype(x))).sum(1, dtype=gate.dtype)
-        dx *= gate[r.slot, None]
-    return scatter(dx, r, fan_in), dw.to(sum_dtype(dw)), dgate
+    return scatter(dx, r, fan_in, gate), dw.to(sum_dtype(dw)), dgate
 
 
 def gate_narrower(x, dout, gate, r: Routing, fan_in, fan_out):
@@ -189,7 +187,7 @@ def gate_narrower(x, dout, gate, r: Routing, fan_in, fan_out):
 #     for each tile (expert, first row), for each block of BN columns:        one program
 #         for each block of BK inputs:
 #             acc += x[slot[rows] // fan_in, inputs] @ w[expert, inputs, columns]
-#         dot[block, slot[rows]] = sum over columns of acc * other[slot[rows] // fan_out, columns]      for dgate only
+#         product[block, slot[rows]] = sum over columns of acc * other[slot[rows] // fan_out, columns]   for dgate only
 #         out[slot[rows], columns] = gate[slot[rows]] * acc                   the caller sums the slots
 #
 # Without GATHER, x is in the order of rows; without SCATTER, out and other are. Nothing is added with atomics: every
@@ -216,7 +214,7 @@ def block_rows(m: int, n_expert: int) -> int:
 
 @jit
 def rows_kernel(
-    x, w, out, gate, other, dot, slot, offsets, tiles,  # gate, and other with dot, may be None
+    x, w, out, gate, other, product, slot, offsets, tiles,  # gate, and other with product, may be None
     n_slots, n_in, n_out, fan_in, fan_out, stride_x, stride_we, stride_wi, stride_wo, stride_out, stride_other,
     GATHER: tl.constexpr, SCATTER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -252,8 +250,8 @@ def rows_kernel(
     store = real[:, None] & (cols[None, :] < n_out)
     if other is not None:
         target = (s // fan_out if SCATTER else rows).to(tl.int64)[:, None] * stride_other + cols[None, :]
-        product = acc * tl.load(other + target, mask=store, other=0.0).to(tl.float32)
-        tl.store(dot + block.to(tl.int64) * n_slots + s, tl.sum(product, 1), mask=real)
+        products = acc * tl.load(other + target, mask=store, other=0.0).to(tl.float32)
+        tl.store(product + block.to(tl.int64) * n_slots + s, tl.sum(products, 1), mask=real)
     if gate is not None:
         acc *= tl.load(gate + s)[:, None]
     target = (s if SCATTER else rows).to(tl.int64)[:, None] * stride_out + cols[None, :]
@@ -343,17 +341,17 @@ def multiply_rows(x, w, gate, r: Routing, fan_in, fan_out, other=None):
     m, n_out, options = len(r.slot), w.shape[2], schedule(x)
     x, w = aligned(x), aligned_weight(w)
     i, o = x.shape[1], w.shape[2]  # padded
-    blocks, out, dot = triton.cdiv(o, options["BN"]), x.new_empty(m, o), None
+    blocks, out, product = triton.cdiv(o, options["BN"]), x.new_empty(m, o), None
     if other is not None:
-        other, dot = aligned(other), x.new_empty(blocks, m, dtype=torch.float32)
-    launch(rows_kernel, len(r.tiles) * blocks, x=x, w=w, out=out, gate=gate, other=other, dot=dot, slot=r.slot,
+        other, product = aligned(other), x.new_empty(blocks, m, dtype=torch.float32)
+    launch(rows_kernel, len(r.tiles) * blocks, x=x, w=w, out=out, gate=gate, other=other, product=product, slot=r.slot,
            offsets=r.offsets, tiles=r.tiles, n_slots=m, n_in=i, n_out=o, fan_in=fan_in or 1, fan_out=fan_out or 1,
            stride_x=x.stride(0), stride_we=w.stride(0), stride_wi=w.stride(1), stride_wo=w.stride(2),
            stride_out=out.stride(0), stride_other=0 if other is None else other.stride(0), GATHER=fan_in is not None,
            SCATTER=fan_out is not None, BM=block_rows(m, len(r.offsets) - 1), **options)
     if fan_out is not None:
         out = out.view(-1, fan_out, o).sum(1)                                    # [M / fan_out, O]
-    return out[:, :n_out].contiguous(), None if dot is None else dot.sum(0).to(gate.dtype)
+    return out[:, :n_out].contiguous(), None if product is None else product.sum(0).to(gate.dtype)
 
 
 def multiply_dw(x, dout, r: Routing, fan_in, fan_out):
@@ -482,14 +480,14 @@ def random_feedforward(n, C, F_, E, K, dtype, device):
 
 
 def check(device: str):
-    """Output and gradients against the definition in float64, and two runs against each other."""
+    """Output and gradients of a feedforward against the definition in float64, and two runs against each other."""
     for dtype, tolerance in ((torch.float32, 2e-3), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
-        x, w, _, gate, expert = random_feedforward(100, 82, 32, 7, 3, dtype, device)
-        outputs = [cvmm(x, w, route(expert, 7), 3, 1, gate) for _ in range(2)]
-        one, two = ([y, *torch.autograd.grad(y.sum(), (x, w, gate))] for y in outputs)
-        exact = [t.detach().cpu().double().requires_grad_() for t in (x, w, gate.flatten())]
-        y = definition(exact[0], exact[1], expert.flatten().cpu(), 3, 1, exact[2])
-        want = [y, *(d.view(t.shape) for d, t in zip(torch.autograd.grad(y.sum(), exact), (x, w, gate), strict=True))]
+        *inputs, expert = random_feedforward(200, 200, 150, 3, 2, dtype, device)
+        one, two = ([y, *torch.autograd.grad(y.sum(), inputs)] for y in (feedforward(*inputs, expert) for _ in "12"))
+        x, w_up, w_down, gate = exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+        h = definition(x, w_up, expert.flatten(), fan_in=2).relu()
+        y = definition(h, w_down, expert.flatten(), fan_out=2, gate=gate.flatten())
+        want = [y, *torch.autograd.grad(y.sum(), exact)]
         error = max(((a.cpu() - b).abs().max() / b.abs().max()).item() for a, b in zip(one, want, strict=True))
         same = all(map(torch.equal, one, two))
         print(f"{str(dtype)[6:]}: error {error:.1e} of the largest value, two runs {'equal' if same else 'DIFFER'}")
