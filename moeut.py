@@ -27,11 +27,10 @@ Letters in the shape comments, code name and meaning:
     E  n_expert      feedforward experts                K  top_k        ... chosen per token
     F  expert_size   hidden units of an expert          P               rotated dimensions of a head
     A  n_att_expert  experts per head                   J  att_top_k    ... chosen per token and head
-
-Not in here: load balancing beyond the paper's entropy term, sequence packing, a tokenizer (see text.py).
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -43,9 +42,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # cvmm multiplies every token by the matrices of its chosen experts only. It works on slots, one for each (token,
-# choice), which `route` sorts by expert: each run of fan_in slots reads one row of the input, each run of fan_out
-# slots, times their gates, adds up into one row of the output. Without a fan, there is a row for each slot, sorted.
-# cvmm.py begins with a picture.
+# choice), which `route` sorts by expert: fan_in slots read one row of the input, fan_out slots, times their gates, add
+# up into one row of the output. Without a fan, there is a row for each slot, sorted. cvmm.py begins with a picture.
 from cvmm import cvmm, route
 
 
@@ -75,35 +73,33 @@ class MoEUTConfig:
     att_reg: float = 0.001  # ... on attention routers
 
     def __post_init__(self):
-        for f in fields(self):
-            value, end = getattr(self, f.name), 1 if "dropout" in f.name else math.inf
-            if f.type is int:
-                ok, rule = type(value) is int and value >= 1, "a whole number of at least 1"
-            elif f.type is float:
-                ok, rule = type(value) in (int, float) and 0 <= value < end, f"a number of at least 0 and below {end}"
-            else:
-                ok, rule = value in get_args(f.type), f"one of {', '.join(get_args(f.type))}"
-            if not ok:
-                raise ValueError(f"{f.name} is {value!r}: it must be {rule}.")
-        for name, ok, rule in (
-            ("top_k", self.top_k <= self.n_expert, f"at most n_expert = {self.n_expert}"),
-            ("n_expert", max(self.n_expert, self.n_head * self.n_att_expert) < 2**15, "below 32768, on all heads too"),
-            ("att_top_k", self.att_top_k <= self.n_att_expert, f"at most n_att_expert = {self.n_att_expert}"),
-            ("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}"),
-            ("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated"),
-            ("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post for a dense ffn"),
-        ):
+        def check(name, ok, rule):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {rule}.")
+
+        for f in fields(self):
+            value, choices, kind = getattr(self, f.name), get_args(f.type), f.type
+            if choices:
+                check(f.name, value in choices, f"one of {', '.join(choices)}")
+            else:
+                low, below = 1 if kind is int else 0, 1 if "dropout" in f.name else math.inf
+                ok = type(value) in (int, kind) and low <= value < below
+                check(f.name, ok, f"{kind.__name__}, at least {low} and below {below}")
+        check("top_k", self.top_k <= self.n_expert, f"at most n_expert = {self.n_expert}")
+        check("n_expert", max(self.n_expert, self.n_head * self.n_att_expert) < 2**15, "below 32768, on all heads too")
+        check("att_top_k", self.att_top_k <= self.n_att_expert, f"at most n_att_expert = {self.n_att_expert}")
+        check("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}")
+        check("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated")
+        check("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post for a dense ffn")
 
     def macs_per_token(self, context: int | None = None) -> int:
         """Multiply-accumulates of the forward pass of a token that attends to `context` positions, block_size if not
         given, without embedding and head: the paper's formula, which does not halve attention for causality."""
-        C, H, HD, A = self.n_embd, self.n_head, self.n_head * self.head_size, self.n_att_expert
-        J, routers = (1, 0) if self.attention == "dense" else (self.att_top_k, C * H * (1 if A == 1 else 2 * A))
-        attention = 2 * HD * (context or self.block_size) + 2 * C * HD + 2 * J * C * HD + routers
-        moe = 2 * self.top_k * C * self.expert_size + self.n_expert * C
-        return self.n_layer * (attention + (2 * C * self.ffn_size if self.ffn == "dense" else moe))
+        C, H, D, A, moe = self.n_embd, self.n_head, self.head_size, self.n_att_expert, self.attention == "moe"
+        J, choices = (self.att_top_k, 2 * A) if moe and A > 1 else (1, int(moe))
+        attention = 2 * H * D * (context or self.block_size) + 2 * (1 + J) * C * H * D + C * H * choices
+        experts = 2 * self.top_k * C * self.expert_size + self.n_expert * C
+        return self.n_layer * (attention + (experts if self.ffn == "moe" else 2 * C * self.ffn_size))
 
 
 def normal(c: MoEUTConfig, *shape: int, inputs: int) -> nn.Parameter:
@@ -140,11 +136,7 @@ class Router(nn.Module):
         if self.training and self.expert_dropout:
             candidates = candidates.masked_fill(torch.rand_like(logits) < self.expert_dropout, -math.inf)
         expert = candidates.topk(self.top_k, sorted=False).indices                       # [B, T, *choices, top_k]
-        if torch.compiler.is_compiling():  # gather in other words, whose gradient torch 2.13's inductor may lose
-            chosen = expert.unsqueeze(-1) == torch.arange(self.shape[-1], device=n.device)
-            gate = torch.where(chosen, scores.unsqueeze(-2), 0).sum(-1)
-        else:
-            gate = scores.gather(-1, expert)                                             # [B, T, *choices, top_k]
+        gate = scores.gather(-1, expert)                                                 # [B, T, *choices, top_k]
         # How often experts are chosen has no gradient; the mean of a softmax over all of them stands for it.
         usage = logits.softmax(-1).mean(1) if self.training else None                    # [B, *choices, n_expert]
         return gate, expert, usage
@@ -196,7 +188,8 @@ def rotary_table(head_size: int, start: int, stop: int, device) -> tuple[Tensor,
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions for x [B, T, *, *, D]; dimension i of the rotated part is paired with i + P/2."""
     cos, sin = (t.to(x.dtype) for t in rotary)                                           # [T, 1, 1, P/2]
-    a, b, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+    half = cos.shape[-1]
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
@@ -204,17 +197,14 @@ class LayerCache:
     """Rotated keys, and values after their experts, of the past tokens in one layer *application*: a layer that is
     repeated three times sees three different inputs. So repeating makes caches no smaller; having fewer heads does."""
 
-    def __init__(self, c: MoEUTConfig, batch: int, capacity: int, device=None, dtype=None):
-        self.kv = torch.empty(2, batch, c.n_head, capacity, c.head_size, device=device, dtype=dtype)
-        self.length = 0  # tokens stored
+    k, v, length = None, None, 0  # [B, H, length, D] both
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, H, T, D] of the new tokens; return those of all tokens so far [B, H, S, D]."""
-        (_, batch, _, capacity, _), start, end = self.kv.shape, self.length, self.length + k.shape[2]
-        if len(k) != batch or end > capacity:
-            raise ValueError(f"The cache is for {capacity} tokens in a batch of {batch}, not {end} in one of {len(k)}.")
-        self.kv[0, :, :, start:end], self.kv[1, :, :, start:end], self.length = k, v, end
-        return self.kv[:, :, :, :end].unbind()
+        """Add k, v [B, H, T, D] of the new tokens; return those of all tokens so far [B, H, S, D]."""
+        if self.length:
+            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.k, self.v, self.length = k, v, k.shape[2]
+        return k, v
 
 
 def attend(qk: Tensor, v: Tensor, rotary, cache: LayerCache | None) -> Tensor:
@@ -254,10 +244,11 @@ class SwitchHead(nn.Module):
         gate, expert, usage = self.router(n)                                             # [B, T, 2, H, J] both
         qk = F.linear(n, self.w_qk).unflatten(-1, (2, H, -1))                            # [B, T, 2, H, D]
         if A <= 4 and x.device.type == "cpu":  # the same with all experts, those not chosen with gate 0: a tenth faster
-            gates = gate.new_zeros(B, T, 2, H, A).scatter(-1, expert, gate).to(x.dtype).unsqueeze(-1)
+            gates = gate.new_zeros(B, T, 2, H, A).scatter(-1, expert, gate).to(x.dtype)
+            gate_v, gate_o = gates.unsqueeze(-1).unbind(2)                               # [B, T, H, A, 1] both
             w_v = self.w_v.transpose(0, 1).flatten(1)                                    # [C, H * A * D]
-            v = ((x @ w_v).view(B, T, H, A, -1) * gates[:, :, 0]).sum(3)                 # [B, T, H, D]
-            a = attend(qk, v, rotary, cache).unsqueeze(3) * gates[:, :, 1]               # [B, T, H, A, D]
+            v = ((x @ w_v).view(B, T, H, A, -1) * gate_v).sum(3)                         # [B, T, H, D]
+            a = attend(qk, v, rotary, cache).unsqueeze(3) * gate_o                       # [B, T, H, A, D]
             return a.flatten(2) @ self.w_o.flatten(0, 1), usage                          # [B, T, C]
         gate_v, gate_o = gate.unbind(2)                                                  # [B, T, H, J] both
         matrix = expert + A * torch.arange(H, device=x.device).unsqueeze(1)              # [B, T, 2, H, J]
@@ -332,28 +323,26 @@ class MoEUT(nn.Module):
         self.ln = nn.Identity() if c.layernorm == "post" else nn.LayerNorm(c.n_embd)
         self.head = nn.Linear(c.n_embd, c.vocab_size)  # with a bias, not tied to the embedding
 
-    def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
-        """Room for `capacity` tokens of `batch` sequences: a LayerCache for each of the L layer applications."""
-        w = self.head.weight
-        return [LayerCache(self.config, batch, capacity, w.device, w.dtype) for _ in range(self.config.n_layer)]
+    def new_cache(self) -> list[LayerCache]:
+        return [LayerCache() for _ in range(self.config.n_layer)]
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: list[LayerCache] | None = None) -> Output:
-        """idx, targets [B, T] of token ids; a target of -1 is ignored. With a cache, idx continues the tokens in it,
-        without gradients. Any length works; positions beyond block_size were never trained. Raises ValueError for other
-        shapes and when the cache is full."""
+        """idx, targets [B, T] of token ids; a target of -1 is ignored. With a cache, idx continues the tokens in it.
+        Any length works; positions beyond block_size were never trained. Raises ValueError for other shapes."""
         if idx.dim() != 2 or not idx.numel() or targets is not None and targets.shape != idx.shape:
             shapes = [tuple(t.shape) for t in (idx, targets) if t is not None]
             raise ValueError(f"idx, targets have shapes {shapes}: [B, T] both, of at least one token.")
         start = cache[0].length if cache else 0
         rotary = rotary_table(self.config.head_size, start, start + idx.shape[1], idx.device)
-        usage = [[] for _ in self.layers]  # of each layer, one entry for each repeat
+        usage = []  # of the experts of each layer application
 
         x = self.embedding(idx)                                                          # [B, T, C]
         for i in range(self.config.n_layer):
-            g = i % self.config.group_size                                               # A B A B ...
-            layer = partial(checkpoint, self.layers[g], use_reentrant=False) if self.recompute else self.layers[g]
+            layer = self.layers[i % self.config.group_size]                              # A B A B ...
+            if self.recompute:
+                layer = partial(checkpoint, layer, use_reentrant=False)
             x, used = layer(x, rotary, cache and cache[i])                               # [B, T, C]
-            usage[g].append(used)
+            usage.append(used)
         logits = self.head(self.ln(x))                                                   # [B, T, V]
 
         reg = self.regulariser(usage)
@@ -367,8 +356,8 @@ class MoEUT(nn.Module):
         and tokens together: 0 when one expert takes all, -log E when all are used alike. Without it a few experts could
         win every token, and the others would never learn."""
         total = torch.zeros((), device=self.head.weight.device)
-        for repeats in usage:
-            att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
+        for g in range(self.config.group_size):  # a layer's repeats are the applications g, g + G, g + 2 G ...
+            att, ffn = zip(*usage[g :: self.config.group_size], strict=True)     # [B, 2, H, A] and [B, E] each, or None
             # Heads are averaged, values and outputs add up: twice the mean
             for weight, used in ((2 * self.config.att_reg, att), (self.config.ffn_reg, ffn)):
                 if used[0] is not None:
@@ -377,6 +366,7 @@ class MoEUT(nn.Module):
                     total = total + weight * (p * log_p).sum(-1).mean()
         return total
 
+    @torch.inference_mode()
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
         top_p: float | None = None, generator: torch.Generator | None = None,
@@ -386,29 +376,22 @@ class MoEUT(nn.Module):
         temperature 0 takes the most likely token. top_k keeps the k most likely tokens (not experts), top_p the fewest
         that make up that probability. Only the newest block_size tokens of a prompt are read; whenever the context is
         full, its newest half is read again and the rest forgotten. Raises ValueError for arguments without meaning."""
-        if idx.dim() != 2 or not idx.numel():
-            raise ValueError(f"idx has shape {tuple(idx.shape)}: it must be [B, T], of at least one token.")
         if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
-            raise ValueError(
-                f"temperature is {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least 0, top_k at "
-                "least 1, top_p above 0 and at most 1.")
-        return self._tokens(idx, max_new_tokens, temperature, top_k, top_p, generator)
-
-    @torch.inference_mode()
-    def _tokens(self, idx, max_new_tokens, temperature, top_k, top_p, generator):
+            raise ValueError(f"temperature is {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least"
+                             " 0, top_k at least 1, top_p above 0 and at most 1.")
         window = self.config.block_size
-        cache, fresh = self.new_cache(len(idx), window), idx[:, -window:]                # fresh: not in the cache yet
+        cache, new = self.new_cache(), idx[..., -window:]                                # new: not in the cache yet
         for _ in range(max_new_tokens):
-            if cache[0].length + fresh.shape[1] > window:
-                cache, fresh = self.new_cache(len(idx), window), idx[:, -max(window // 2, 1):]
-            logits = self(fresh, cache=cache).logits[:, -1].float()                      # [B, V]
-            fresh = sample_token(logits, temperature, top_k, top_p, generator)           # [B, 1]
-            idx = torch.cat((idx, fresh), dim=1)[:, -window:]
-            yield fresh.squeeze(1)
+            if cache[0].length + new.shape[-1] > window:
+                cache, new = self.new_cache(), idx[:, -max(window // 2, 1):]
+            logits = self(new, cache=cache).logits[:, -1].float()                        # [B, V]
+            new = sample_token(logits, temperature, top_k, top_p, generator)             # [B, 1]
+            idx = torch.cat((idx, new), dim=1)[:, -window:]
+            yield new.squeeze(1)
 
 
 def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
-    """One token for each row of logits: [B, V] -> [B, 1]"""
+    """[B, V] -> [B, 1]"""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)              # [B, V] both
@@ -420,6 +403,18 @@ def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) ->
 
 
 TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")  # the standard one, which the paper compares with
+PAPER = dict(vocab_size=8000, block_size=1024)
+
+
+def paper_moeut(C, L, G, H, D, E, K, A):
+    return dict(PAPER, n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E, top_k=K, n_att_expert=A,
+                att_top_k=2)
+
+
+def paper_dense(C, L, H, D, hidden):
+    return dict(PAPER, **TRANSFORMER, n_embd=C, n_layer=L, group_size=L, n_head=H, head_size=D, ffn_size=hidden)
+
+
 PRESETS = {
     # Made for two CPU cores: the five architectures with the same number of parameters, within 0.5%. The Universal
     # Transformer gets them by its width.
@@ -434,21 +429,14 @@ PRESETS = {
     "small": dict(n_embd=256, n_layer=8, head_size=32, n_expert=18, expert_size=320, block_size=256),
     "dense-small": dict(
         TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, head_size=32, ffn_size=1024, block_size=256),
+    # The sizes of the paper: MoEUT, and the Transformer with as many parameters
+    "moeut-44M": paper_moeut(412, 16, 2, 4, 82, 155, 12, 8), "dense-44M": paper_dense(412, 16, 10, 41, 2053),
+    "moeut-126M": paper_moeut(768, 18, 2, 4, 96, 254, 12, 10), "dense-126M": paper_dense(768, 16, 16, 48, 3072),
+    "moeut-244M": paper_moeut(1024, 18, 2, 4, 128, 387, 16, 10), "dense-244M": paper_dense(1024, 18, 16, 64, 4110),
+    "moeut-318M": paper_moeut(1024, 24, 3, 4, 128, 338, 16, 10), "dense-318M": paper_dense(1024, 24, 16, 64, 4110),
+    "moeut-727M": paper_moeut(1280, 36, 4, 5, 128, 467, 20, 13), "dense-727M": paper_dense(1280, 36, 20, 64, 5120),
+    "moeut-1B": paper_moeut(1536, 36, 4, 6, 128, 565, 24, 12), "dense-1B": paper_dense(1536, 36, 24, 64, 6144),
 }
-for size, C, moeut, dense in (  # the paper's sizes: MoEUT, and the Transformer with as many parameters
-    #              L  G  H    D    E   K   A     L   H   D  hidden
-    ("44M", 412, (16, 2, 4, 82, 155, 12, 8), (16, 10, 41, 2053)),
-    ("126M", 768, (18, 2, 4, 96, 254, 12, 10), (16, 16, 48, 3072)),
-    ("244M", 1024, (18, 2, 4, 128, 387, 16, 10), (18, 16, 64, 4110)),
-    ("318M", 1024, (24, 3, 4, 128, 338, 16, 10), (24, 16, 64, 4110)),
-    ("727M", 1280, (36, 4, 5, 128, 467, 20, 13), (36, 20, 64, 5120)),
-    ("1B", 1536, (36, 4, 6, 128, 565, 24, 12), (36, 24, 64, 6144)),
-):
-    both = dict(n_embd=C, vocab_size=8000, block_size=1024, att_top_k=2)
-    names = "n_layer", "group_size", "n_head", "head_size", "n_expert", "top_k", "n_att_expert"
-    PRESETS[f"moeut-{size}"] = both | dict(zip(names, moeut, strict=True))
-    dense = dict(zip(("n_layer", "n_head", "head_size", "ffn_size"), dense, strict=True))
-    PRESETS[f"dense-{size}"] = both | TRANSFORMER | dense | dict(group_size=dense["n_layer"])
 
 
 def preset(name: str, **changes) -> MoEUTConfig:
@@ -462,26 +450,24 @@ def from_authors(state_dict: dict[str, Tensor], config: MoEUTConfig) -> MoEUT:
     """A model with the weights of the authors: of `MoEUTLM` in their repository, github.com/RobertCsordas/moeut, or of
     the model in their training code, .../moeut_training_code. Shapes do not tell n_layer, top_k, att_top_k, layernorm:
     those must be right in the config. Raises ValueError when names or shapes do not fit."""
-    weights, model = {}, MoEUT(config)
-    for name, weight in state_dict.items():
+    model, parts = MoEUT(config), defaultdict(list)
+    sel_o = "router.w" if config.n_att_expert > 1 else "w_gate"
+    for name, weight in sorted(state_dict.items(), reverse=True):  # so q comes before k, and sel_v before sel_o
         for theirs, ours in (
             ("unique_layers.", "layers."), ("transformer.layers.", "layers."), ("self_attn.norm.", "ln1."),
-            ("pkm.norm.", "ln2."), ("self_attn.selections.", "attention.sel_"),
-            ("self_attn.projections.", "attention."), ("attention.q.weight", "attention.q"),
-            ("attention.k.weight", "attention.k"), ("attention.v", "attention.w_v"), ("attention.o", "attention.w_o"),
-            ("pkm.", "ffn."), ("ffn.keys", "ffn.w_up"), ("ffn.values", "ffn.w_down"),
-            ("ffn.expert_sel", "ffn.router.w"), ("out_norm.", "ln."), ("lm_head.", "head."), ("output.", "head."),
+            ("self_attn.selections.", "attention.sel_"), ("self_attn.projections.", "attention."),
+            ("attention.sel_v", "attention.router.w"), ("attention.sel_o", f"attention.{sel_o}"),
+            ("attention.q.weight", "attention.q"), ("attention.k.weight", "attention.k"),
+            ("attention.q", "attention.w_qk"), ("attention.k", "attention.w_qk"), ("attention.v", "attention.w_v"),
+            ("attention.o", "attention.w_o"), ("pkm.norm.", "ln2."), ("pkm.", "ffn."), ("ffn.keys", "ffn.w_up"),
+            ("ffn.values", "ffn.w_down"), ("ffn.expert_sel", "ffn.router.w"), ("out_norm.", "ln."),
+            ("lm_head.", "head."), ("output.", "head."),
         ):
             name = name.replace(theirs, ours)
         if not name.endswith((".iter", ".kv_sel_counts_100")):  # statistics
-            weights[name] = weight
-    merged = {"w_qk": ("q", "k"), "w_gate": ("sel_o",), "router.w": ("sel_v", "sel_o")}
+            parts[name].append(weight)
     try:
-        for name, _ in model.named_parameters():
-            layer, _, ours = name.rpartition("attention.")
-            if layer and ours in merged:
-                weights[name] = torch.cat([weights.pop(f"{layer}attention.{theirs}") for theirs in merged[ours]])
-        model.load_state_dict(weights)
-    except (KeyError, RuntimeError) as e:  # a name is missing, or load_state_dict tells what is wrong
+        model.load_state_dict({name: torch.cat(weights) for name, weights in parts.items()})
+    except RuntimeError as e:  # whose last line says what is missing, too much, or of another shape
         raise ValueError(f"The authors' weights do not fit the config: {str(e).splitlines()[-1].strip()}") from None
     return model
