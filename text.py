@@ -154,7 +154,7 @@ def load_text(patterns, name: str, vocab_size: int, tokenizer: Tokenizer | None)
     key = repr([tokenizer.spec, [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeut"
     path = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
-    while True:
+    for _ in range(2):
         try:  # a header of 64 bytes: tokens of both parts, bytes of both, hash; then the tokens
             n_train, n_val, *n_bytes, _, _, _, _ = header = np.fromfile(path, np.int64, 8).tolist()
             tokens = np.memmap(path, dtype, "r", 64, (n_train + n_val,))
@@ -172,6 +172,8 @@ def load_text(patterns, name: str, vocab_size: int, tokenizer: Tokenizer | None)
                     print(f"tokenizing: {count[1].sum() / 1e6:.0f} MB")
             file.seek(0)
             file.write(count.tobytes() + hashlib.sha256("".join(d for d, _, _ in documents()).encode()).digest())
+    else:
+        sys.exit(f"{path} was written, but cannot be read again.")
     bits = [n / max(b, 1) / math.log(2) for n, b in zip((n_train, n_val), n_bytes, strict=True)]
     return tokenizer, tokens[:n_train], tokens[n_train:], bits, header[4:]
 

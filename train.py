@@ -6,10 +6,8 @@
     python train.py --preset=moeut-44M --data=...    another model, with its recipe: here the paper's run
     python train.py --init_from=runs/a --out=runs/b  begin with the weights and the tokenizer of another run
     torchrun --nproc_per_node=4 train.py             data parallel on four GPUs
-    python train.py --bench                          a step and decoding, in turn with the dense Transformer's
-    python train.py --compare runs/*                 results of finished runs, over seeds
 
-From top to bottom: options and recipes; checkpoints; training; bench and comparison. text.py makes tokens of the text.
+From top to bottom: options and recipes; checkpoints; training. text.py makes tokens of the text, bench.py compares.
 """
 
 import os
@@ -20,7 +18,6 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the process, withou
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -75,8 +72,6 @@ class Options:
     compile: str = option("auto", "torch.compile; auto is yes on CUDA", choices=("auto", "yes", "no"))
     recompute: bool = option(False, "activation checkpointing: less memory, more time")
     wandb: bool = option(False, "also log to Weights & Biases")
-    bench: bool = option(False, "time the model in turn with the dense Transformer of its size; train nothing")
-    compare: tuple = option((), "folders of finished runs: print their results side by side")
 
 
 SMALL = dict(batch_size=8, lr=2e-3, beta1=0.9, steps=2000)
@@ -425,70 +420,8 @@ def train(given: dict, changes: dict):
     print(f"done in {run['seconds']:.0f} s of training, saved in {out}; now `python sample.py --out={out}`")
 
 
-# The bench, and finished runs side by side ---------------------------------------------------------------------------
-
-
-def bench(given: dict, changes: dict, rounds: int = 9):
-    """Time MoEUT and the dense Transformer of the same size in turn, and print the ratios."""
-    name, device = given.get("preset", "small"), pick_device(given.get("device", "auto"))
-    names = name, "dense-" + name.split("-")[-1]
-    if changes or names[0] == names[1] or names[1] not in PRESETS:
-        sys.exit("--bench compares a MoEUT with the dense Transformer of its size: give only a --preset.")
-    o, models = Options(**RECIPES[name] | given), [MoEUT(preset(name)) for name in names]
-    c = models[0].config  # both have the same vocabulary and block_size
-    x = torch.randint(c.vocab_size, (o.batch_size, c.block_size)).to(device)
-    steps = [functools.partial(Trainer(model, o, device).step, [(x, x)], 1e-3) for model in models]
-    long = [MoEUT(preset(name, block_size=2048)).to(device).eval() for name in names]
-    decoders = [functools.partial(next, model.generate(x.new_zeros(1, 1024), 2000)) for model in long]
-    table = {"parameters": [sum(p.numel() for p in model.parameters()) for model in models],
-             "MACs per token": [model.config.macs_per_token() for model in models]}
-    for what, pair, repeats in ((f"step of {x.numel()} tokens, ms", steps, 1), ("decoding, ms", decoders, 25)):
-        times = np.zeros((rounds + 2, 2))
-        for i, j in np.ndindex(times.shape):  # in turn
-            start = time.perf_counter()
-            for _ in range(repeats):
-                float(pair[j]()[0])
-            times[i, j] = (time.perf_counter() - start) * 1000 / repeats
-        table[what] = np.median(times[2:], axis=0).tolist()
-    print(f"{device}, {torch.get_num_threads()} threads; medians of {rounds} rounds; decoding after 1024 tokens\n"
-          f"{'':24} {names[0]:>14} {names[1]:>14}  ratio")
-    for what, (a, b) in table.items():
-        print(f"{what:24} {a:14,.{2 * (a < 1e4)}f} {b:14,.{2 * (a < 1e4)}f} {a / b:6.2f}")
-
-
-def compare(folders: list[str]):
-    """A line for each model: bits per byte of the last evaluation over seeds, training time, memory."""
-    groups, common = {}, None
-    for folder in folders:
-        run = read_checkpoint(Path(folder))
-        try:
-            o, c, metrics = Options(**run["options"]), MoEUTConfig(**run["config"]), run["metrics"]
-            memory = max(m.get("peak_mib", 0) for m in metrics)
-            result = [m["val_bits_per_byte"] for m in metrics if "val_loss" in m][-1], run["seconds"], memory
-        except (KeyError, TypeError, ValueError, IndexError):
-            sys.exit(f"The run in {folder} has no evaluation yet: let it go on with --resume.")
-        conditions = {k: run[k] for k in ("text_hash", "step")}
-        conditions |= dict(tokens_per_step=o.tokens_per_step, vocab_size=c.vocab_size)
-        for k, v in conditions.items():
-            if v != (common := common or conditions)[k]:
-                sys.exit(f"These cannot be compared: {k} is {common[k]} in {folders[0]} and {v} in {folder}.")
-        original = preset(o.preset, vocab_size=c.vocab_size)
-        name = " ".join([o.preset, *(f"{k}={v}" for k, v in asdict(c).items() if v != getattr(original, k))])
-        groups.setdefault((name, c.macs_per_token()), []).append(result)
-    print(f"{common['step']} steps of {common['tokens_per_step']} tokens; bits per byte: mean, lowest, highest\n"
-          f"{'model':40} runs   MACs/token bits/byte     low    high  seconds    MiB")
-    for (name, macs), runs in sorted(groups.items(), key=lambda group: np.mean(group[1], axis=0)[0]):
-        bits, seconds, memory = zip(*runs, strict=True)
-        print(f"{name:40} {len(runs):4} {macs:12,} {np.mean(bits):9.4f} {min(bits):7.4f} {max(bits):7.4f} "
-              f"{np.median(seconds):8.0f} {np.median(memory):6.0f}")
-
-
 def main():
-    given, changes = parse(__doc__, Options, MoEUTConfig)
-    if "compare" in given:
-        compare(given["compare"])
-    else:
-        (bench if given.get("bench") else train)(given, changes)
+    train(*parse(__doc__, Options, MoEUTConfig))
 
 
 if __name__ == "__main__":

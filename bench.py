@@ -1,0 +1,93 @@
+"""MoEUT beside other models: what a training step and a decoded token cost, and what finished runs have reached.
+
+    python bench.py                        `small`, in turn with the dense Transformer of its size
+    python bench.py --preset=moeut-244M
+    python bench.py --compare runs/*       folders of runs of train.py, over their seeds
+"""
+
+import functools
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moeut import PRESETS, MoEUT, MoEUTConfig, preset
+from train import RECIPES, Options, Trainer, cli, option, parse, pick_device, read_checkpoint
+
+PAIRS = {name: f"dense-{name.split('-')[-1]}" for name in PRESETS if name in ("tiny", "small") or "moeut" in name}
+
+
+@dataclass
+class BenchOptions:
+    preset: str = option("small", "the MoEUT", choices=PAIRS)
+    batch_size: int = option(0, "sequences of a step; 0 takes those of the preset's recipe", 0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = option("auto", "precision of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = option("auto", "torch.compile; auto is yes on CUDA", choices=("auto", "yes", "no"))
+    compare: tuple = option((), "folders of finished runs: print their results side by side, and time nothing")
+
+
+def bench(b: BenchOptions, rounds: int = 9):
+    """Medians of a training step and of decoding in the middle of the context, timed in turn, and their ratios."""
+    names, device = (b.preset, PAIRS[b.preset]), pick_device(b.device)
+    o = Options(**RECIPES[b.preset] | dict(dtype=b.dtype, compile=b.compile))
+    models = [MoEUT(preset(name)) for name in names]
+    c = models[0].config  # both have the same vocabulary and block_size
+    x = torch.randint(c.vocab_size, (b.batch_size or o.batch_size, c.block_size)).to(device)
+    steps = [functools.partial(Trainer(model, o, device).step, [(x, x)], 1e-3) for model in models]
+    texts = [MoEUT(model.config).to(device).eval().generate(x[:1, : c.block_size // 2], 10**6) for model in models]
+    table = {"parameters": [sum(p.numel() for p in model.parameters()) for model in models],
+             "MACs per token": [model.config.macs_per_token() for model in models]}
+    for what, pair, repeats in ((f"step of {x.numel()} tokens, ms", steps, 1),
+                                ("decoding a token, ms", [functools.partial(next, text) for text in texts], 10)):
+        times = np.zeros((rounds + 2, 2))
+        for i, j in np.ndindex(times.shape):  # in turn
+            start = time.perf_counter()
+            for _ in range(repeats):
+                float(pair[j]()[0])
+            times[i, j] = (time.perf_counter() - start) * 1000 / repeats
+        table[what] = np.median(times[2:], axis=0).tolist()
+    print(f"{device}, {torch.get_num_threads()} threads; medians of {rounds} rounds\n"
+          f"{'':24} {names[0]:>14} {names[1]:>14}  ratio")
+    for what, (a, b) in table.items():
+        print(f"{what:24} {a:14,.{2 * (a < 1e4)}f} {b:14,.{2 * (a < 1e4)}f} {a / b:6.2f}")
+
+
+def compare(folders: list[str]):
+    """A line for each model: bits per byte of the last evaluation over seeds, training time, memory."""
+    groups, common = {}, None
+    for folder in folders:
+        run = read_checkpoint(Path(folder))
+        try:
+            o, c, metrics = Options(**run["options"]), MoEUTConfig(**run["config"]), run["metrics"]
+            memory = max(m.get("peak_mib", 0) for m in metrics)
+            result = [m["val_bits_per_byte"] for m in metrics if "val_loss" in m][-1], run["seconds"], memory
+        except (KeyError, TypeError, ValueError, IndexError):
+            sys.exit(f"The run in {folder} has no evaluation yet: let it go on with --resume.")
+        conditions = {k: run[k] for k in ("text_hash", "step")}
+        conditions |= dict(tokens_per_step=o.tokens_per_step, vocab_size=c.vocab_size)
+        for k, v in conditions.items():
+            if v != (common := common or conditions)[k]:
+                sys.exit(f"These cannot be compared: {k} is {common[k]} in {folders[0]} and {v} in {folder}.")
+        changed = set(asdict(c).items()) - set(asdict(preset(o.preset, vocab_size=c.vocab_size)).items())
+        name = " ".join([o.preset, *sorted(f"{k}={v}" for k, v in changed)])
+        groups.setdefault((name, c.macs_per_token()), []).append(result)
+    print(f"{common['step']} steps of {common['tokens_per_step']} tokens; bits per byte: mean, lowest, highest\n"
+          f"{'model':40} runs   MACs/token bits/byte     low    high  seconds    MiB")
+    for (name, macs), runs in sorted(groups.items(), key=lambda group: np.mean(group[1], axis=0)[0]):
+        bits, seconds, memory = zip(*runs, strict=True)
+        print(f"{name:40} {len(runs):4} {macs:12,} {np.mean(bits):9.4f} {min(bits):7.4f} {max(bits):7.4f} "
+              f"{np.median(seconds):8.0f} {np.median(memory):6.0f}")
+
+
+def main():
+    (given,) = parse(__doc__, BenchOptions)
+    b = BenchOptions(**given)
+    compare(b.compare) if b.compare else bench(b)
+
+
+if __name__ == "__main__":
+    cli(main)
