@@ -334,15 +334,14 @@ class MoEUT(nn.Module):
             raise ValueError(f"idx, targets have shapes {shapes}: [B, T] both, of at least one token.")
         start = cache[0].length if cache else 0
         rotary = rotary_table(self.config.head_size, start, start + idx.shape[1], idx.device)
-        usage = []  # of the experts of each layer application
+        usage = [[] for _ in self.layers]  # of each layer's experts, an entry for each repeat
 
         x = self.embedding(idx)                                                          # [B, T, C]
         for i in range(self.config.n_layer):
-            layer = self.layers[i % self.config.group_size]                              # A B A B ...
-            if self.recompute:
-                layer = partial(checkpoint, layer, use_reentrant=False)
+            g = i % self.config.group_size                                               # A B A B ...
+            layer = partial(checkpoint, self.layers[g], use_reentrant=False) if self.recompute else self.layers[g]
             x, used = layer(x, rotary, cache and cache[i])                               # [B, T, C]
-            usage.append(used)
+            usage[g].append(used)
         logits = self.head(self.ln(x))                                                   # [B, T, V]
 
         reg = self.regulariser(usage)
@@ -356,8 +355,8 @@ class MoEUT(nn.Module):
         and tokens together: 0 when one expert takes all, -log E when all are used alike. Without it a few experts could
         win every token, and the others would never learn."""
         total = torch.zeros((), device=self.head.weight.device)
-        for g in range(self.config.group_size):  # a layer's repeats are the applications g, g + G, g + 2 G ...
-            att, ffn = zip(*usage[g :: self.config.group_size], strict=True)     # [B, 2, H, A] and [B, E] each, or None
+        for repeats in usage:
+            att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
             # Heads are averaged, values and outputs add up: twice the mean
             for weight, used in ((2 * self.config.att_reg, att), (self.config.ffn_reg, ffn)):
                 if used[0] is not None:
