@@ -420,7 +420,8 @@ PRESETS = {
     "tiny": dict(),  # MoEUT: the defaults above
     "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=481),
     "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=100, head_size=25, ffn_size=631),
-    "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=15, expert_size=32, top_k=8),
+    "sigma-moe-tiny": dict(
+        attention="dense", layernorm="peri", group_size=4, n_expert=15, expert_size=32, top_k=8),
     "switchhead-tiny": dict(
         ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2, ffn_size=441),
     # MoEUT needs 0.6 of the dense model's multiplications, as at the paper's larger sizes. Its experts are few and

@@ -51,11 +51,11 @@ class Options:
     resume: bool = option(False, "go on from the last checkpoint in --out, with the options it was started with")
     preset: str = option("tiny", "model and recipe: PRESETS in moeut.py, RECIPES in train.py", choices=PRESETS)
     init_from: str = option("", "begin with the weights and the tokenizer of a run of this program")
-    steps: int = option(1100, "optimizer steps", 1)
+    steps: int = option(700, "optimizer steps", 1)
     tokens_per_step: int = option(2048, "tokens for one optimizer step, over all processes", 1)
     batch_size: int = option(16, "sequences at a time in a process; the rest of a step is accumulated", 1)
-    lr: float = option(5e-3, "peak learning rate", 1e-12)
-    warmup: int = option(50, "steps of linear warmup", 0)
+    lr: float = option(1e-2, "peak learning rate", 1e-12)
+    warmup: int = option(20, "steps of linear warmup", 0)
     hold: float = option(0.6, "share of the steps before the learning rate falls, as a cosine", 0, 1)
     final_lr: float = option(0.02, "where the cosine ends, as a share of the peak", 0)
     weight_decay: float = option(0.1, "of AdamW, on all parameters", 0)
@@ -63,7 +63,7 @@ class Options:
     beta2: float = option(0.99, "of AdamW", 0, 1)
     grad_clip: float = option(1.0, "largest gradient norm", 1e-12)
     seed: int = option(0, "of the initial weights, the order of the batches and dropout", 0, 2**32)
-    eval_interval: int = option(220, "steps between evaluations, each with a checkpoint and a sample", 1)
+    eval_interval: int = option(175, "steps between evaluations, each with a checkpoint and a sample", 1)
     eval_tokens: int = option(16384, "validation tokens of one evaluation; the last one takes 8 times as many", 1)
     log_interval: int = option(50, "steps between log lines", 1)
     sample_tokens: int = option(120, "length of the samples", 0)
@@ -74,7 +74,7 @@ class Options:
     wandb: bool = option(False, "also log to Weights & Biases")
 
 
-SMALL = dict(batch_size=8, lr=2e-3, beta1=0.9, steps=2000)
+SMALL = dict(batch_size=8, lr=2e-3, warmup=50, beta1=0.9, steps=2000, eval_interval=250)
 PAPER = dict(steps=100_000, tokens_per_step=65_536, lr=2.5e-4, warmup=4000, hold=0.0, final_lr=0.1, weight_decay=0.01,
              beta1=0.9, beta2=0.999, grad_clip=0.25, eval_interval=1000, eval_tokens=262_144)
 RECIPES = {  # of each preset: what differs from the defaults above, which are those of the tiny models
