@@ -211,6 +211,12 @@ def test_numbers_of_the_authors(A, training_code):
     assert out.reg.item() == pytest.approx(reg, abs=1e-6)
     close([out.logits[1, 6, :4]], [torch.tensor(logits)])
     assert [grad.norm().item() for grad in grads_of(out.loss, model)] == pytest.approx(norms, rel=1e-4)
+    # Those numbers do not tell queries from keys, nor values from outputs: marked weights do
+    marks = {name: torch.full_like(w, "koqv".find(name.removesuffix(".weight")[-1]))
+             for name, w in authors_weights(A, training_code).items()}
+    attention = moeut.from_authors(marks, authors_config(A)).layers[1].attention
+    assert attention.w_qk.unique_consecutive().tolist() == [2, 0]
+    assert A == 1 or attention.router.w.unique_consecutive().tolist() == [3, 1]
 
 
 def test_parameters_and_macs_of_the_presets():
