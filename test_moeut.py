@@ -568,6 +568,15 @@ def test_bad_numbers_stay_with_their_token_and_expert(path):
         assert not dw[5].isfinite().any() and dw[[0, 1, 2, 3, 4, 6]].isfinite().all()
 
 
+@fans
+@torch.no_grad()
+def test_few_slots_of_decoding(fans):
+    """Without gradients, a handful of slots are not sorted: the same numbers, all in the order of slots."""
+    expert, gate, fan_in, fan_out = torch.randint(5, (12,)), torch.rand(12), fans[0] or 1, fans[1] or 1
+    x, w, r = torch.randn(12 // fan_in, 6), torch.randn(5, 6, 4), cvmm.route(expert.to(torch.int8), 5)
+    close([cvmm.cvmm(x, w, r, *fans, gate)], [cvmm.definition(x, w, expert, fan_in, fan_out, gate)])
+
+
 def test_no_slots(path):
     none = cvmm.route(torch.zeros(0, device=DEVICE).long(), 7)
     x, w = torch.randn(0, 4, device=DEVICE), torch.randn(7, 4, 3, device=DEVICE)
