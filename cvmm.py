@@ -134,7 +134,7 @@ def gather(x: Tensor, r: Routing, fan: int | None) -> Tensor:
 
 
 def scatter(y: Tensor, r: Routing, fan: int | None, gate: Tensor | None) -> Tensor:
-    """Multiply the rows [M, width] by their gates, and sum those of fan slots each: [M / fan, width]"""
+    """Multiply the rows [M, width] by their gates, and sum fan slots each, in float32 at least: [M / fan, width]"""
     if fan is None:
         return y if gate is None else y.mul_(gate[r.slot, None])
     row = torch.empty_like(r.slot).scatter_(0, r.slot, torch.arange(len(y), device=y.device))   # [M] of each slot
@@ -483,7 +483,8 @@ def check(device: str):
     """Output and gradients of a feedforward against the definition in float64, and two runs against each other."""
     for dtype, tolerance in ((torch.float32, 2e-3), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
         *inputs, expert = random_feedforward(200, 200, 150, 3, 2, dtype, device)
-        one, two = ([y, *torch.autograd.grad(y.sum(), inputs)] for y in (feedforward(*inputs, expert) for _ in "12"))
+        runs = [feedforward(*inputs, expert) for _ in range(2)]
+        one, two = ([y, *torch.autograd.grad(y.sum(), inputs)] for y in runs)
         x, w_up, w_down, gate = exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
         h = definition(x, w_up, expert.flatten(), fan_in=2).relu()
         y = definition(h, w_down, expert.flatten(), fan_out=2, gate=gate.flatten())
