@@ -38,12 +38,13 @@ def bench(b: BenchOptions, rounds: int = 9):
     c = models[0].config  # both have the same vocabulary and block_size
     x = torch.randint(c.vocab_size, (b.batch_size or o.batch_size, c.block_size)).to(device)
     steps = [functools.partial(Trainer(model, o, device).step, [(x, x)], 1e-3) for model in models]
-    texts = [MoEUT(model.config).to(device).eval().generate(x[:1, : c.block_size // 2], 10**6) for model in models]
+    texts = [functools.partial(next, model.generate(x[:1, : c.block_size // 2], 10**6)) for model in models]
     table = {"parameters": [sum(p.numel() for p in model.parameters()) for model in models],
              "MACs per token": [model.config.macs_per_token() for model in models]}
-    for what, pair, repeats in ((f"step of {x.numel()} tokens, ms", steps, 1),
-                                ("decoding a token, ms", [functools.partial(next, text) for text in texts], 10)):
+    for what, pair, repeats in ((f"step of {x.numel()} tokens, ms", steps, 1), ("decoding a token, ms", texts, 10)):
         times = np.zeros((rounds + 2, 2))
+        for model in models:
+            model.train(pair is steps)
         for i, j in np.ndindex(times.shape):  # in turn
             start = time.perf_counter()
             for _ in range(repeats):
