@@ -320,7 +320,10 @@ def train(given: dict, changes: dict):
     trainer, config = Trainer(model, o, device, world), model.config
     run = dict(step=0, seconds=0.0, best=math.inf, metrics=[])
     if resume:
-        trainer.optimizer.load_state_dict(stored["optimizer"])
+        try:
+            trainer.optimizer.load_state_dict(stored["optimizer"])
+        except (KeyError, TypeError, ValueError):
+            sys.exit(f"{out} does not hold an optimizer of this model: --init_from={out} takes the weights alone.")
         if stored["scaler"] and trainer.scaler.is_enabled():
             trainer.scaler.load_state_dict(stored["scaler"])
         run = {k: stored[k] for k in run}
