@@ -1,8 +1,8 @@
 """MoEUT, the Mixture-of-Experts Universal Transformer (Csordas et al., 2024, arXiv 2405.16039).
 
 A Universal Transformer applies the same layer over and over, so depth costs no parameters. But parameters are what a
-language model needs: with dense layers it would have to be far wider, and slower, to have as many as before. MoEUT adds
-parameters at little cost, and makes repeated layers work, with three ideas:
+language model needs: with dense layers it would have to be far wider, and slower, to have as many as a Transformer.
+MoEUT adds parameters at little cost, and makes repeated layers work, with three ideas:
 
 1. Mixtures of experts in both halves of a layer: sigma-MoE in the feedforward (arXiv 2310.10837) and SwitchHead in the
    attention (arXiv 2312.07987). An expert is a small feedforward, or one matrix of an attention head. There are many,
@@ -10,9 +10,9 @@ parameters at little cost, and makes repeated layers work, with three ideas:
 2. Layer grouping: not one layer but a small group of G different ones is repeated, ABABAB... Neighbours can then do
    different parts of one job, and each needs fewer experts.
 3. Peri-layernorm: a layernorm stands only where a softmax or sigmoid follows: before queries and keys, routers and the
-   output layer. Values and feedforward read the residual stream itself. With pre-layernorm their inputs would have one
-   size at every depth, while the stream that they add to grows: what they add would count less and less. Separate
-   layers can learn larger weights with depth, a shared one cannot; but what it makes of the stream grows with it.
+   output layer. Values and feedforward read the residual stream itself, so what they add to it grows with it. With
+   pre-layernorm they would add equally much at every depth, to a stream that grows, and count less and less. Separate
+   layers can learn larger weights with depth; a shared one cannot.
 
 The same file holds what the paper compares with: `ffn`, `attention`, `group_size` and `layernorm` in the config turn
 MoEUT into the standard Transformer, the plain Universal Transformer, the sigma-MoE and the SwitchHead Transformer.
@@ -21,7 +21,7 @@ Letters in the shape comments, code name and meaning:
 
     B                batch                              T               tokens of a sequence
     N                B * T, all tokens                  S               keys attended to
-    C  n_embd        width of the residual stream       V  vocab_size   tokens that there are
+    C  n_embd        width of the residual stream       V  vocab_size   vocabulary
     L  n_layer       layer applications                 G  group_size   distinct layers
     H  n_head        attention heads                    D  head_size    width of a head
     E  n_expert      feedforward experts                K  top_k        ... chosen per token
@@ -41,9 +41,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# cvmm multiplies every token by the matrices of its chosen experts only. It works on slots, one for each (token,
-# choice), which `route` sorts by expert: fan_in slots read one row of the input, fan_out slots, times their gates, add
-# up into one row of the output. Without a fan, there is a row for each slot, sorted. cvmm.py begins with a picture.
+# cvmm multiplies tokens by the matrices of their chosen experts only. Each choice is a slot, and `route` sorts slots by
+# expert. fan_in slots read one row of the input; fan_out slots, times their gates, add up into one row of the output.
+# Without fan_in the input has a row for each slot, sorted; without fan_out the output has. See the picture in cvmm.py.
 from cvmm import cvmm, route
 
 
@@ -68,7 +68,7 @@ class MoEUTConfig:
     att_top_k: int = 1  # J
     layernorm: Literal["peri", "pre", "post"] = "peri"
     dropout: float = 0.0  # on the output of attention and feedforward; 0 in all runs of the paper
-    expert_dropout: float = 0.0  # share of experts hidden from a token's choice in training; 0 in the paper
+    expert_dropout: float = 0.0  # chance that an expert is hidden from a token's choice, in training; 0 in the paper
     ffn_reg: float = 0.01  # weight of the entropy regulariser on feedforward routers
     att_reg: float = 0.001  # ... on attention routers
 
@@ -78,26 +78,27 @@ class MoEUTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {rule}.")
 
         for f in fields(self):
-            value, choices, kind = getattr(self, f.name), get_args(f.type), f.type
-            if choices:
-                check(f.name, value in choices, f"one of {', '.join(choices)}")
+            value, allowed, kind = getattr(self, f.name), get_args(f.type), f.type
+            if allowed:
+                check(f.name, value in allowed, f"one of {', '.join(allowed)}")
             else:
                 low, below = 1 if kind is int else 0, 1 if "dropout" in f.name else math.inf
                 ok = type(value) in (int, kind) and low <= value < below
                 check(f.name, ok, f"{kind.__name__}, at least {low} and below {below}")
         check("top_k", self.top_k <= self.n_expert, f"at most n_expert = {self.n_expert}")
-        check("n_expert", max(self.n_expert, self.n_head * self.n_att_expert) < 2**15, "below 32768, on all heads too")
+        check("n_expert", self.n_expert < 2**15, "below 32768")
+        check("n_att_expert", self.n_head * self.n_att_expert < 2**15, "below 32768, times n_head")
         check("att_top_k", self.att_top_k <= self.n_att_expert, f"at most n_att_expert = {self.n_att_expert}")
         check("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}")
         check("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated")
-        check("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post for a dense ffn")
+        check("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post if ffn is dense")
 
     def macs_per_token(self, context: int | None = None) -> int:
         """Multiply-accumulates of the forward pass of a token that attends to `context` positions, block_size if not
         given, without embedding and head: the paper's formula, which does not halve attention for causality."""
         C, H, D, A, moe = self.n_embd, self.n_head, self.head_size, self.n_att_expert, self.attention == "moe"
-        J, choices = (self.att_top_k, 2 * A) if moe and A > 1 else (1, int(moe))
-        attention = 2 * H * D * (context or self.block_size) + 2 * (1 + J) * C * H * D + C * H * choices
+        J, gates = (self.att_top_k, 2 * A) if moe and A > 1 else (1, int(moe))
+        attention = 2 * H * D * (context or self.block_size) + 2 * (1 + J) * C * H * D + C * H * gates
         experts = 2 * self.top_k * C * self.expert_size + self.n_expert * C
         return self.n_layer * (attention + (experts if self.ffn == "moe" else 2 * C * self.ffn_size))
 
@@ -132,12 +133,12 @@ class Router(nn.Module):
             dtype = torch.promote_types(n.dtype, torch.float32)
             logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
         scores = logits.sigmoid()                                                        # [B, T, *choices, n_expert]
-        candidates = logits.detach()  # the largest scores are those of the largest logits, which never saturate
+        candidates = logits.detach()  # in the order of the scores; but sigmoids saturate and tie, logits do not
         if self.training and self.expert_dropout:
             candidates = candidates.masked_fill(torch.rand_like(logits) < self.expert_dropout, -math.inf)
         expert = candidates.topk(self.top_k, sorted=False).indices                       # [B, T, *choices, top_k]
         gate = scores.gather(-1, expert)                                                 # [B, T, *choices, top_k]
-        # How often experts are chosen has no gradient; the mean of a softmax over all of them stands for it.
+        # How often an expert is chosen has no gradient: a softmax over all experts, averaged over tokens, replaces it.
         usage = logits.softmax(-1).mean(1) if self.training else None                    # [B, *choices, n_expert]
         return gate, expert, usage
 
@@ -166,9 +167,8 @@ class DenseFFN(nn.Module):
     def __init__(self, c: MoEUTConfig):
         super().__init__()
         self.w_up = normal(c, c.ffn_size, c.n_embd, inputs=c.n_embd)
-        self.b_up = nn.Parameter(torch.zeros(c.ffn_size))
         self.w_down = normal(c, c.n_embd, c.ffn_size, inputs=c.ffn_size)
-        self.b_down = nn.Parameter(torch.zeros(c.n_embd))
+        self.b_up, self.b_down = nn.Parameter(torch.zeros(c.ffn_size)), nn.Parameter(torch.zeros(c.n_embd))
 
     def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, None]:
         h = F.linear(x, self.w_up, self.b_up).relu()                                     # [B, T, ffn_size]
@@ -214,7 +214,7 @@ def attend(qk: Tensor, v: Tensor, rotary, cache: LayerCache | None) -> Tensor:
     if cache is not None:
         k, v = cache.append(k, v)                                                        # [B, H, S, D] both
     T, S, mask = q.shape[2], k.shape[2], None
-    if 1 < T < S:  # else a single query sees all keys, or is_causal says it, which allows a faster kernel
+    if 1 < T < S:  # a single query sees all keys, and for T = S there is is_causal, which allows a faster kernel
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1 and T == S)
     return a.transpose(1, 2)                                                             # [B, T, H, D]
@@ -311,7 +311,7 @@ class Output(NamedTuple):
 
 
 class MoEUT(nn.Module):
-    """The language model: embedding, L / G times the group of layers, layernorm, linear head."""
+    """The language model: embedding, L / G times the group of layers, layernorm (unless "post"), linear head."""
 
     def __init__(self, c: MoEUTConfig):
         super().__init__()
@@ -331,7 +331,7 @@ class MoEUT(nn.Module):
         Any length works; positions beyond block_size were never trained. Raises ValueError for other shapes."""
         if idx.dim() != 2 or not idx.numel() or targets is not None and targets.shape != idx.shape:
             shapes = [tuple(t.shape) for t in (idx, targets) if t is not None]
-            raise ValueError(f"idx, targets have shapes {shapes}: [B, T] both, of at least one token.")
+            raise ValueError(f"idx, targets have shapes {shapes}: they must be [B, T] both, with at least one token.")
         start = cache[0].length if cache else 0
         rotary = rotary_table(self.config.head_size, start, start + idx.shape[1], idx.device)
         usage = [[] for _ in self.layers]  # of each layer's experts, an entry for each repeat
@@ -351,9 +351,9 @@ class MoEUT(nn.Module):
         return Output(logits, cross_entropy + reg, cross_entropy, reg)
 
     def regulariser(self, usage) -> Tensor:
-        """Sum over the layers of the weighted negative entropy of the usage of experts by a sequence, in all repeats
-        and tokens together: 0 when one expert takes all, -log E when all are used alike. Without it a few experts could
-        win every token, and the others would never learn."""
+        """Of each router, with p the usage of its experts by a sequence, averaged over the repeats of the layer: weight
+        * sum p log p, which is 0 when one expert takes all, and -log E when all are used alike. Averaged over the
+        batch, summed over the layers. Without it a few experts could win every token, and the others never learn."""
         total = torch.zeros((), device=self.head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
@@ -365,7 +365,6 @@ class MoEUT(nn.Module):
                     total = total + weight * (p * log_p).sum(-1).mean()
         return total
 
-    @torch.inference_mode()
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
         top_p: float | None = None, generator: torch.Generator | None = None,
@@ -375,18 +374,24 @@ class MoEUT(nn.Module):
         temperature 0 takes the most likely token. top_k keeps the k most likely tokens (not experts), top_p the fewest
         that make up that probability. Only the newest block_size tokens of a prompt are read; whenever the context is
         full, its newest half is read again and the rest forgotten. Raises ValueError for arguments without meaning."""
+        if idx.dim() != 2 or not idx.numel():
+            raise ValueError(f"idx has shape {tuple(idx.shape)}: it must be [B, T], with at least one token.")
         if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
             raise ValueError(f"temperature is {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least"
                              " 0, top_k at least 1, top_p above 0 and at most 1.")
-        window = self.config.block_size
-        cache, new = self.new_cache(), idx[..., -window:]                                # new: not in the cache yet
-        for _ in range(max_new_tokens):
-            if cache[0].length + new.shape[-1] > window:
-                cache, new = self.new_cache(), idx[:, -max(window // 2, 1):]
-            logits = self(new, cache=cache).logits[:, -1].float()                        # [B, V]
-            new = sample_token(logits, temperature, top_k, top_p, generator)             # [B, 1]
-            idx = torch.cat((idx, new), dim=1)[:, -window:]
-            yield new.squeeze(1)
+
+        @torch.inference_mode()
+        def tokens(idx, window=self.config.block_size):
+            cache, new = self.new_cache(), idx[:, -window:]                              # new: not in the cache yet
+            for _ in range(max_new_tokens):
+                if cache[0].length + new.shape[1] > window:
+                    cache, new = self.new_cache(), idx[:, -max(window // 2, 1):]
+                logits = self(new, cache=cache).logits[:, -1].float()                    # [B, V]
+                new = sample_token(logits, temperature, top_k, top_p, generator)         # [B, 1]
+                idx = torch.cat((idx, new), dim=1)[:, -window:]
+                yield new.squeeze(1)
+
+        return tokens(idx)  # the arguments are checked now, not when the first token is asked for
 
 
 def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
@@ -402,16 +407,16 @@ def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) ->
 
 
 TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")  # the standard one, which the paper compares with
-PAPER = dict(vocab_size=8000, block_size=1024)
 
 
 def paper_moeut(C, L, G, H, D, E, K, A):
-    return dict(PAPER, n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E, top_k=K, n_att_expert=A,
-                att_top_k=2)
+    return dict(vocab_size=8000, block_size=1024, n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E,
+                top_k=K, n_att_expert=A, att_top_k=2)
 
 
 def paper_dense(C, L, H, D, hidden):
-    return dict(PAPER, **TRANSFORMER, n_embd=C, n_layer=L, group_size=L, n_head=H, head_size=D, ffn_size=hidden)
+    return dict(TRANSFORMER, vocab_size=8000, block_size=1024, n_embd=C, n_layer=L, group_size=L, n_head=H, head_size=D,
+                ffn_size=hidden)
 
 
 PRESETS = {
@@ -420,8 +425,7 @@ PRESETS = {
     "tiny": dict(),  # MoEUT: the defaults above
     "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=481),
     "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=100, head_size=25, ffn_size=631),
-    "sigma-moe-tiny": dict(
-        attention="dense", layernorm="peri", group_size=4, n_expert=15, expert_size=32, top_k=8),
+    "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=15, expert_size=32, top_k=8),
     "switchhead-tiny": dict(
         ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2, ffn_size=441),
     # MoEUT needs 0.6 of the dense model's multiplications, as at the paper's larger sizes. Its experts are few and

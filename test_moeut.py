@@ -448,11 +448,11 @@ def test_sampling_distribution(options, expected):
         ("layernorm", "none"), ("dropout", 1.0), ("dropout", -0.1), ("expert_dropout", 1.0), ("ffn_reg", math.nan),
         ("att_reg", math.inf), ("ffn_reg", "much"), ("n_head", True))),
     ("n_layer", lambda m: tiny(group_size=5)), ("layernorm", lambda m: tiny(ffn="dense")),
-    ("'huge'", lambda m: preset("huge")),
+    ("n_att_expert", lambda m: tiny(n_att_expert=2**14)), ("'huge'", lambda m: preset("huge")),
     *(("shape", lambda m, s=shape: m(tokens(*s))) for shape in ((16,), (2, 0), (0, 4))),
     *(("shape", lambda m, s=shape: m(tokens(2, 8), tokens(*s))) for shape in ((8, 2), (16,), (2, 7))),
-    *(("shape", lambda m, s=shape: next(m.generate(tokens(*s), 1))) for shape in ((16,), (2, 0), (0, 4))),
-    *((name, lambda m, c={name: bad}: next(m.generate(tokens(1, 4), 1, **c))) for name, bad in (
+    *(("shape", lambda m, s=shape: m.generate(tokens(*s), 1)) for shape in ((16,), (2, 0), (0, 4))),
+    *((name, lambda m, c={name: bad}: m.generate(tokens(1, 4), 1, **c)) for name, bad in (
         ("temperature", -1), ("temperature", math.nan), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5))),
     ("layers.2", lambda m: moeut.from_authors(authors_weights(3), replace(authors_config(3), group_size=4))),
     *((named, lambda m, name=f"transformer.layers.{name}": moeut.from_authors(
@@ -1155,7 +1155,7 @@ BAD = [  # what is run, and what is added: the sentence contains the name of the
     ([train], """
         --resume → 6 steps | --resume --out=nowhere → nowhere | --resume --out=half.pt → half.pt | --resume --seed=3 |
         --resume --out=other.pt → other.pt | --resume --steps=9 --data=few.txt → not what it was |
-        --resume --n_layer=4 | --init_from=nowhere → nowhere"""),
+        --resume --n_layer=4 | --resume --steps=9 --out=foreign.pt → foreign.pt | --init_from=nowhere → nowhere"""),
     ([bench], "--preset=dense-tiny → dense-tiny | --compare out text.txt → text.txt"),
     ([sample], """
         --top_k=few | --n_samples=0 | --temperature=-1 → temperature is -1 | --top_p=1.1 | --prompt= | --tokenizer=x |
@@ -1170,6 +1170,7 @@ def test_bad_input(start, case, run, done, monkeypatch):
     for name, content in dict(empty=b"", latin=b"na\xefve " * 99, few=b"few words " * 99).items():
         Path(f"{name}.txt").write_bytes(content)
     Path("half.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save(load() | {"optimizer": {}}, "foreign.pt")
     torch.save({"config": 1, "model": {}}, "other.pt")
     torch.save({"run_invariants": {"args": {"rope.base": 5e5}}}, "theirs.pt")
     monkeypatch.setitem(sys.modules, "wandb", None)
