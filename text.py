@@ -76,6 +76,9 @@ class SentencePiece(Tokenizer):
 # Text to tokens, in memory-mapped files of the user's cache folder that all runs on the same text share --------------
 
 
+RUN_FILES = {"last.pt", "best.pt", "metrics.jsonl", "loss.png"}  # which train.py writes
+
+
 def find_files(patterns) -> list[Path]:
     """The files that --data names, each once; in a folder not the hidden ones, nor those of a run of this program."""
     if not patterns:  # the standard library: real code and prose, on every machine
@@ -85,8 +88,7 @@ def find_files(patterns) -> list[Path]:
     for pattern in patterns:
         tops = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         found = {Path(p) for top in tops for p in (top, *glob.glob(f"{glob.escape(top)}/**", recursive=True))}
-        found = {p.resolve() for p in found if p.is_file() and
-                 (str(p) in tops or not p.with_name("metrics.jsonl").exists())}
+        found = {p.resolve() for p in found if p.is_file() and (str(p) in tops or p.name not in RUN_FILES)}
         if not found:
             sys.exit(f"--data: there is no text at {pattern!r}: give a file, a folder with files, or a pattern.")
         files |= found
