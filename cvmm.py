@@ -5,25 +5,22 @@ slot multiplies a row of x by the matrix of its expert and weights the result by
 
     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]          for s = 0 .. M-1
 
-fan_in slots read the same row of x, and fan_out slots add up into the same row of the output. With N tokens,
-K chosen experts, H heads and J chosen experts per head, those two integers cover it all:
-
-    feedforward up       M = N*K      fan_in K      -                token -> rows     sigma-MoE, arXiv 2310.10837
-    feedforward down     M = N*K      -             fan_out K        rows -> token
-    attention values     M = N*H*J    fan_in H*J    fan_out J        token -> heads    SwitchHead, arXiv 2312.07987
-    attention outputs    M = N*H*J    fan_in J      fan_out H*J      heads -> token
-
-A matmul wants many rows that share one matrix, so the slots are sorted by expert first. Three tokens that choose two
-of three experts each:
+fan_in slots read the same row of x, and fan_out slots add up into the same row of the output. A matmul wants many rows
+that share one matrix, so the slots are sorted by expert first. Three tokens that choose two of three experts each:
 
     token             0     1     2
     slot            0  1  2  3  4  5                        slot     0  3 | 1  2  5 | 4
     expert          0  1  1  0  2  1     sort by expert     expert   0  0 | 1  1  1 | 2
                                                             offsets  0      2         5   6
 
-A *row* is a place in that sorted list, which holds the slots of expert 0, then those of expert 1, ...; expert e owns
-the rows offsets[e] .. offsets[e+1]. Where a fan is left out, x or the output is in the order of rows, one for each
-slot, which is how the hidden units go from up to down. A `Routing` is made once for each decision of a router.
+The places of the sorted list are called *rows* here: expert e owns the rows offsets[e] .. offsets[e+1]. Where a fan is
+left out, x or the output consists of these rows, one for each slot, which is how the hidden units go from up to down.
+With N tokens, K chosen experts, H heads and J chosen experts per head, the two integers cover it all:
+
+    feedforward up       M = N*K      fan_in K      -                token -> rows     sigma-MoE, arXiv 2310.10837
+    feedforward down     M = N*K      -             fan_out K        rows -> token
+    attention values     M = N*H*J    fan_in H*J    fan_out J        token -> heads    SwitchHead, arXiv 2312.07987
+    attention outputs    M = N*H*J    fan_in J      fan_out H*J      heads -> token
 
 The gradients are the same operation again, with w transposed and the fans exchanged, and one more:
 
@@ -31,7 +28,8 @@ The gradients are the same operation again, with w transposed and the fans excha
     dgate[s]          = <dout[s // fan_out] @ w[expert[s]]^T, x[s // fan_in]>       the product above, before its gate
     dw[expert[s]]    += gate[s] * x[s // fan_in]^T @ dout[s // fan_out]
 
-Letters: M slots, E experts; a matrix has I inputs and O outputs; N tokens, C width, F expert size, K chosen experts.
+A `Routing` is made once for each decision of a router. Letters: M slots; E experts, of all heads; a matrix has I inputs
+and O outputs; N tokens, C width, F expert size, K chosen experts.
 """
 
 from __future__ import annotations
@@ -80,7 +78,7 @@ def definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int = 1, fan_out: i
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """Sums are made in float32 at least: of slots, and of the gradients of all repeats of a layer."""
+    """Sums are made in float32 at least: of slots, and of the gradients that a shared w gets from its repeats."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -101,8 +99,9 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     """Sort the slots by expert; on a GPU without a host synchronisation.
 
     Args: expert, integers in [0, n_expert), of any shape, slots in token-major order.
-    Raises TypeError for experts that are not integers; ValueError for more than 16 bits can count and, on a CPU, here
-    or in cvmm, for one that does not exist. On a GPU nobody looks, because the host would have to wait.
+    Raises TypeError for experts that are not integers; ValueError for more than 16 bits can count and, on a CPU,
+    here or in cvmm, for a choice that does not exist. On a GPU nobody looks, because the host would have to wait: the
+    output of such a slot is whatever was in memory.
     """
     if expert.is_floating_point() or expert.is_complex() or expert.dtype == torch.bool:
         raise TypeError(f"route: experts are numbers of dtype {expert.dtype}, but must be integers.")
@@ -112,7 +111,8 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     if len(expert) <= FEW_SLOTS and not (on_triton or torch.is_grad_enabled() or torch.compiler.is_compiling()):
         check_experts(all(0 <= e < n_expert for e in expert.tolist()), n_expert)
         return Routing(expert, n_expert, None, None, None)
-    # Stable, so that sums have a fixed order and the rows of an expert ascend; narrow, because a GPU sorts by bits.
+    # Stable, so that sums have a fixed order and the slots of an expert ascend. In 16 bits, as a GPU sorts bit by bit;
+    # clamped first, as otherwise an expert that does not exist could become one that does.
     ids, slot = expert.long().clamp(-1, n_expert).short().sort(stable=True)      # [M] both
     offsets = torch.searchsorted(ids, torch.arange(n_expert + 1, device=ids.device, dtype=ids.dtype))
     if not on_triton:
@@ -160,13 +160,13 @@ def torch_forward(x, w, gate, r: Routing, fan_in, fan_out):
 def torch_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
     x, dout = gather(x, r, fan_in), gather(dout, r, fan_out)                     # [M, I], [M, O]
     dx, dw, dgate = x.new_empty(x.shape), x.new_empty(w.shape), x.new_empty(0)
-    x_gated, dout_gated, *_ = gate_narrower(x, dout, gate, r, None, None)
+    x_gated, dout_gated, *_ = gate_narrower(x, dout, gate, r, None, None)       # one of the two is
     for e, rows in experts(r):
         torch.mm(dout[rows], w[e].T, out=dx[rows])
         torch.mm(x_gated[rows].T, dout_gated[rows], out=dw[e])                   # zeros for an expert without rows
     if gate is not None:
         dgate = gate.new_empty(gate.shape)                                       # [M]
-        dgate[r.slot] = (dx * x.to(sum_dtype(x))).sum(1, dtype=gate.dtype)
+        dgate[r.slot] = (dx * x.to(sum_dtype(x))).sum(1).to(gate.dtype)
     return scatter(dx, r, fan_in, gate), dw.to(sum_dtype(dw)), dgate
 
 
@@ -190,8 +190,9 @@ def gate_narrower(x, dout, gate, r: Routing, fan_in, fan_out):
 #         product[block, slot[rows]] = sum over columns of acc * other[slot[rows] // fan_out, columns]   for dgate only
 #         out[slot[rows], columns] = gate[slot[rows]] * acc                   the caller sums the slots
 #
-# Without GATHER, x is in the order of rows; without SCATTER, out and other are. Nothing is added with atomics: every
-# number is written once, in a fixed order of summation, and two runs give the same bits.
+# Without fan_in, x has a row for each slot; without fan_out, out and other have. For dx, the kernel's x is dout, w is
+# transposed, the fans are exchanged, and other is x. There are no atomics: every number is written once, in a fixed
+# order of summation, so that two runs give the same bits. The price is to write M rows, and to read them for the sum.
 
 
 def tile_table(offsets: Tensor, m: int) -> Tensor:
@@ -216,8 +217,7 @@ def block_rows(m: int, n_expert: int) -> int:
 def rows_kernel(
     x, w, out, gate, other, product, slot, offsets, tiles,  # gate, and other with product, may be None
     n_slots, n_in, n_out, fan_in, fan_out, stride_x, stride_we, stride_wi, stride_wo, stride_out, stride_other,
-    GATHER: tl.constexpr, SCATTER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     n_blocks = tl.cdiv(n_out, BN)
     tile = tl.program_id(0) // n_blocks  # the programs of one tile follow each other: its rows of x stay in L2
@@ -230,7 +230,7 @@ def rows_kernel(
     real = rows < end
     rows = tl.minimum(rows, end - 1)  # surplus rows repeat the last one and are not stored
     s = tl.load(slot + rows)
-    source = s // fan_in if GATHER else rows
+    source = rows if fan_in is None else s // fan_in
     block = tl.program_id(0) % n_blocks
     cols = block * BN + tl.arange(0, BN)
     inputs = tl.arange(0, BK)
@@ -249,12 +249,12 @@ def rows_kernel(
 
     store = real[:, None] & (cols[None, :] < n_out)
     if other is not None:
-        target = (s // fan_out if SCATTER else rows).to(tl.int64)[:, None] * stride_other + cols[None, :]
+        target = (rows if fan_out is None else s // fan_out).to(tl.int64)[:, None] * stride_other + cols[None, :]
         products = acc * tl.load(other + target, mask=store, other=0.0).to(tl.float32)
         tl.store(product + block.to(tl.int64) * n_slots + s, tl.sum(products, 1), mask=real)
     if gate is not None:
         acc *= tl.load(gate + s)[:, None]
-    target = (s if SCATTER else rows).to(tl.int64)[:, None] * stride_out + cols[None, :]
+    target = (rows if fan_out is None else s).to(tl.int64)[:, None] * stride_out + cols[None, :]
     tl.store(out + target, acc.to(out.dtype.element_ty), mask=store)
 
 
@@ -272,8 +272,7 @@ def rows_kernel(
 @jit
 def dw_kernel(
     x, dout, dw, slot, offsets, heaviest, n_in, n_out, fan_in, fan_out, stride_x, stride_dout,
-    GATHER_X: tl.constexpr, GATHER_DOUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     blocks_o = tl.cdiv(n_out, BN)
     blocks = tl.cdiv(n_in, BM) * blocks_o
@@ -288,8 +287,8 @@ def dw_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     for _ in range(begin, end, BK):
         real = (rows < end)[:, None]
-        source = (s // fan_in if GATHER_X else rows).to(tl.int64)[:, None]
-        target = (s // fan_out if GATHER_DOUT else rows).to(tl.int64)[:, None]
+        source = (rows if fan_in is None else s // fan_in).to(tl.int64)[:, None]
+        target = (rows if fan_out is None else s // fan_out).to(tl.int64)[:, None]
         a = tl.load(x + source * stride_x + inputs[None, :], mask=real & (inputs[None, :] < n_in), other=0.0)
         b = tl.load(dout + target * stride_dout + outputs[None, :], mask=real & (outputs[None, :] < n_out), other=0.0)
         rows += BK
@@ -316,10 +315,10 @@ def schedule(x: Tensor) -> dict:
     """Block sizes without spills on sm_80 and sm_90 (`python -m pytest -m slow`); the number format."""
     if x.dtype == torch.float64:
         raise TypeError("The Triton kernels sum in float32 and take no float64: use float32, or a CPU.")
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tf32 = tf32 and torch.version.hip is None and not INTERPRETED
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None  # else no tensor cores
     return dict(BN=128, BK=64 if x.element_size() <= 2 else 32, num_warps=8, num_stages=3,
-                PRECISION="tf32" if tf32 else "ieee", UPCAST=INTERPRETED and x.dtype == torch.bfloat16)
+                PRECISION="tf32" if tf32 and x.dtype == torch.float32 else "ieee",
+                UPCAST=INTERPRETED and x.dtype == torch.bfloat16)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -345,12 +344,12 @@ def multiply_rows(x, w, gate, r: Routing, fan_in, fan_out, other=None):
     if other is not None:
         other, product = aligned(other), x.new_empty(blocks, m, dtype=torch.float32)
     launch(rows_kernel, len(r.tiles) * blocks, x=x, w=w, out=out, gate=gate, other=other, product=product, slot=r.slot,
-           offsets=r.offsets, tiles=r.tiles, n_slots=m, n_in=i, n_out=o, fan_in=fan_in or 1, fan_out=fan_out or 1,
+           offsets=r.offsets, tiles=r.tiles, n_slots=m, n_in=i, n_out=o, fan_in=fan_in, fan_out=fan_out,
            stride_x=x.stride(0), stride_we=w.stride(0), stride_wi=w.stride(1), stride_wo=w.stride(2),
-           stride_out=out.stride(0), stride_other=0 if other is None else other.stride(0), GATHER=fan_in is not None,
-           SCATTER=fan_out is not None, BM=block_rows(m, len(r.offsets) - 1), **options)
+           stride_out=o, stride_other=0 if other is None else other.stride(0), BM=block_rows(m, len(r.offsets) - 1),
+           **options)
     if fan_out is not None:
-        out = out.view(-1, fan_out, o).sum(1)                                    # [M / fan_out, O]
+        out = out.view(-1, fan_out, o).sum(1)  # [M / fan_out, O]; torch sums bfloat16 in float32
     return out[:, :n_out].contiguous(), None if product is None else product.sum(0).to(gate.dtype)
 
 
@@ -362,8 +361,7 @@ def multiply_dw(x, dout, r: Routing, fan_in, fan_out):
     bm, dw = 128 if x.element_size() <= 2 else 64, x.new_empty(e, i, o, dtype=torch.float32)
     launch(dw_kernel, e * triton.cdiv(i, bm) * triton.cdiv(o, options["BN"]), x=x, dout=dout, dw=dw, slot=r.slot,
            offsets=r.offsets, heaviest=r.offsets.diff().argsort(descending=True).int(), n_in=i, n_out=o,
-           fan_in=fan_in or 1, fan_out=fan_out or 1, stride_x=x.stride(0), stride_dout=dout.stride(0),
-           GATHER_X=fan_in is not None, GATHER_DOUT=fan_out is not None, BM=bm, **options)
+           fan_in=fan_in, fan_out=fan_out, stride_x=x.stride(0), stride_dout=dout.stride(0), BM=bm, **options)
     return dw[:, :n_in, :n_out].contiguous()
 
 
