@@ -20,6 +20,9 @@ from train import RECIPES, Options, Trainer, cli, option, parse, pick_device, re
 PAIRS = {name: f"dense-{name.split('-')[-1]}" for name in PRESETS if name in ("tiny", "small") or "moeut" in name}
 
 
+OPTIMIZER = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip init_from".split()
+
+
 @dataclass
 class BenchOptions:
     preset: str = option("small", "the MoEUT", choices=PAIRS)
@@ -58,7 +61,7 @@ def bench(b: BenchOptions, rounds: int = 9):
 
 
 def compare(folders: list[str]):
-    """A line for each model: bits per byte of the last evaluation over seeds, training time, memory."""
+    """A line for each model and recipe: bits per byte of the last evaluation over seeds, training time, memory."""
     groups, common = {}, None
     for folder in folders:
         run = read_checkpoint(Path(folder))
@@ -74,6 +77,8 @@ def compare(folders: list[str]):
             if v != (common := common or conditions)[k]:
                 sys.exit(f"These cannot be compared: {k} is {common[k]} in {folders[0]} and {v} in {folder}.")
         changed = set(asdict(c).items()) - set(asdict(preset(o.preset, vocab_size=c.vocab_size)).items())
+        recipe = Options(**RECIPES[o.preset])
+        changed |= {(k, getattr(o, k)) for k in OPTIMIZER if getattr(o, k) != getattr(recipe, k)}
         name = " ".join([o.preset, *sorted(f"{k}={v}" for k, v in changed)])
         groups.setdefault((name, c.macs_per_token()), []).append(result)
     print(f"{common['step']} steps of {common['tokens_per_step']} tokens; bits per byte: mean, lowest, highest\n"

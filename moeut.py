@@ -107,7 +107,7 @@ def normal(c: MoEUTConfig, *shape: int, inputs: int) -> nn.Parameter:
     """Initial weights, as in the authors' training code: those of a layer have standard deviation sqrt(2 / L / inputs),
     where L counts applications, and biases are 0. w_down has E * F inputs (of all experts, not of the chosen ones), w_o
     has H * D. The embedding has 1 / sqrt(C); layernorms and head stay as PyTorch makes them. (The authors' clean
-    repository goes on to give the rows of its routers equal norms.)"""
+    repository goes on to give the rows of its feedforward routers equal norms.)"""
     return nn.Parameter(math.sqrt(2 / c.n_layer / inputs) * torch.randn(shape))
 
 

@@ -978,15 +978,15 @@ def test_how_a_step_is_divided_changes_nothing(run):
 
 
 def test_help_compare_and_bench(run):
-    """Mean and range over the seeds; a changed field makes another model; other conditions forbid to compare."""
-    for name, *options in (("a", "--seed=1"), ("b", "--seed=2"), ("c", "--top_k=1"), ("d", "--steps=9")):
-        run(train, *SMALL, *options, f"--out={name}")
-    lines = run(bench, "--compare", "a", "b", "c").out.splitlines()
-    (two,) = [line.split()[-7:] for line in lines if line.startswith("tiny") and "top_k=1" not in line]
+    """Mean and range over the seeds; a changed model or recipe stands apart; other conditions forbid to compare."""
+    for name, option in zip("abcde", ("--seed=1", "--seed=2", "--lr=2e-3", "--top_k=1", "--steps=9"), strict=True):
+        run(train, *SMALL, option, f"--out={name}")
+    lines = run(bench, "--compare", *"abcd").out.splitlines()
+    (two,) = [line.split()[-7:] for line in lines if line.startswith("tiny") and not re.search("top_k=1|lr=", line)]
     bits = [logged(name, "val_bits_per_byte")[6] for name in ("a", "b")]
     assert [float(x) for x in (two[0], *two[2:5])] == pytest.approx([2, sum(bits) / 2, *sorted(bits)], abs=1e-4)
-    with pytest.raises(SystemExit, match="^These cannot be compared: step is 6 in a and 9 in d.$"):
-        run(bench, "--compare", "a", "d")
+    with pytest.raises(SystemExit, match="^These cannot be compared: step is 6 in a and 9 in e.$"):
+        run(bench, "--compare", "a", "e")
     table = run(bench, "--preset=tiny", "--batch_size=1").out
     assert len(re.findall(r"^.+[\d,.]+ +[\d,.]+ +\d+\.\d\d$", table, re.MULTILINE)) == 4
     for script in (train, sample, bench):
