@@ -41,9 +41,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# cvmm multiplies tokens by the matrices of their chosen experts only. Each choice is a slot, and `route` sorts slots by
-# expert. fan_in slots read one row of the input; fan_out slots, times their gates, add up into one row of the output.
-# Without fan_in the input has a row for each slot, sorted; without fan_out the output has. See the picture in cvmm.py.
+# cvmm multiplies rows by the matrices of their chosen experts only. Each choice is a slot, and `route` sorts slots by
+# expert. An input row is read by fan_in slots; fan_out slots, times their gates, add up to an output row. Without
+# fan_in the input has a row for each slot, sorted; without fan_out the output has. See the picture in cvmm.py.
 from cvmm import cvmm, route
 
 
@@ -68,7 +68,7 @@ class MoEUTConfig:
     att_top_k: int = 1  # J
     layernorm: Literal["peri", "pre", "post"] = "peri"
     dropout: float = 0.0  # on the output of attention and feedforward; 0 in all runs of the paper
-    expert_dropout: float = 0.0  # chance that an expert is hidden from a token's choice, in training; 0 in the paper
+    expert_dropout: float = 0.0  # chance that a token ranks an expert last, in training; 0 in the paper
     ffn_reg: float = 0.01  # weight of the entropy regulariser on feedforward routers
     att_reg: float = 0.001  # ... on attention routers
 
@@ -87,7 +87,7 @@ class MoEUTConfig:
                 check(f.name, ok, f"{kind.__name__}, at least {low} and below {below}")
         check("top_k", self.top_k <= self.n_expert, f"at most n_expert = {self.n_expert}")
         check("n_expert", self.n_expert < 2**15, "below 32768")
-        check("n_att_expert", self.n_head * self.n_att_expert < 2**15, "below 32768, times n_head")
+        check("n_att_expert", self.n_head * self.n_att_expert < 2**15, f"below 32768 / {self.n_head} heads")
         check("att_top_k", self.att_top_k <= self.n_att_expert, f"at most n_att_expert = {self.n_att_expert}")
         check("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}")
         check("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated")
@@ -118,8 +118,8 @@ def normal(c: MoEUTConfig, *shape: int, inputs: int) -> nn.Parameter:
 class Router(nn.Module):
     """Lets every token choose experts. A linear map gives `logits`, one for each expert; the `scores` are their
     sigmoids; the experts with the `top_k` largest scores are chosen; the `gate` of a chosen expert is its score, by
-    which its output is multiplied. Scores are not normalised, so that experts do not compete for a share, and no expert
-    is ever full. One router can make several choices: for the values and outputs of H heads, `choices` is (2, H)."""
+    which its output is multiplied. Scores are not normalised: experts do not compete for a share. None is ever full.
+    One router can make several choices: for the values and outputs of H heads, `choices` is (2, H)."""
 
     def __init__(self, c: MoEUTConfig, n_expert: int, top_k: int, choices: tuple[int, ...] = ()):
         super().__init__()
@@ -133,7 +133,7 @@ class Router(nn.Module):
             dtype = torch.promote_types(n.dtype, torch.float32)
             logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
         scores = logits.sigmoid()                                                        # [B, T, *choices, n_expert]
-        candidates = logits.detach()  # in the order of the scores; but sigmoids saturate and tie, logits do not
+        candidates = logits.detach()  # in the same order as the scores, but sigmoids saturate and tie
         if self.training and self.expert_dropout:
             candidates = candidates.masked_fill(torch.rand_like(logits) < self.expert_dropout, -math.inf)
         expert = candidates.topk(self.top_k, sorted=False).indices                       # [B, T, *choices, top_k]
@@ -260,8 +260,8 @@ class SwitchHead(nn.Module):
 
 
 class DenseAttention(nn.Module):
-    """Multi-head attention without biases. For a SwitchHead with one expert per head, where there is nothing to choose,
-    it has a gate on the output of each head."""
+    """Multi-head attention without biases. With attention "moe" and one expert per head, where there is nothing to
+    choose, it has a gate on the output of each head."""
 
     def __init__(self, c: MoEUTConfig):
         super().__init__()
@@ -307,7 +307,7 @@ class Output(NamedTuple):
     logits: Tensor  # [B, T, V]
     loss: Tensor | None  # cross_entropy + reg: what to backpropagate; None without targets
     cross_entropy: Tensor | None  # nats per token: what to report; None without targets
-    reg: Tensor  # weighted entropy regulariser; 0 in evaluation
+    reg: Tensor  # weighted sum of p log p, below 0; 0 in evaluation
 
 
 class MoEUT(nn.Module):
@@ -352,8 +352,8 @@ class MoEUT(nn.Module):
 
     def regulariser(self, usage) -> Tensor:
         """Of each router, with p the usage of its experts by a sequence, averaged over the repeats of the layer: weight
-        * sum p log p, which is 0 when one expert takes all, and -log E when all are used alike. Averaged over the
-        batch, summed over the layers. Without it a few experts could win every token, and the others never learn."""
+        * sum p log p, which is 0 when one expert takes all, and -log E when all are used alike; mean over batch and
+        heads, sum over layers. Without it a few experts could win every token, and the others would never learn."""
         total = torch.zeros((), device=self.head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
@@ -372,8 +372,8 @@ class MoEUT(nn.Module):
         """Continue idx [B, T]; yields the next token of every sequence, [B], max_new_tokens times. Call eval() first.
 
         temperature 0 takes the most likely token. top_k keeps the k most likely tokens (not experts), top_p the fewest
-        that make up that probability. Only the newest block_size tokens of a prompt are read; whenever the context is
-        full, its newest half is read again and the rest forgotten. Raises ValueError for arguments without meaning."""
+        that make up that probability. Only the newest block_size tokens of a prompt are read; when the cache is full, a
+        new one reads the newest half of them again. Raises ValueError, at once, for arguments without meaning."""
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"idx has shape {tuple(idx.shape)}: it must be [B, T], with at least one token.")
         if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
@@ -398,7 +398,8 @@ def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) ->
     """[B, V] -> [B, 1]"""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)              # [B, V] both
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, which cannot overflow
+    p, token = logits.softmax(-1).sort(-1, descending=True)                              # [B, V] both
     if top_k is not None:
         p[:, top_k:] = 0
     if top_p is not None:
@@ -452,8 +453,8 @@ def preset(name: str, **changes) -> MoEUTConfig:
 
 def from_authors(state_dict: dict[str, Tensor], config: MoEUTConfig) -> MoEUT:
     """A model with the weights of the authors: of `MoEUTLM` in their repository, github.com/RobertCsordas/moeut, or of
-    the model in their training code, .../moeut_training_code. Shapes do not tell n_layer, top_k, att_top_k, layernorm:
-    those must be right in the config. Raises ValueError when names or shapes do not fit."""
+    the model in their training code, .../moeut_training_code. Shapes do not tell n_layer, top_k, att_top_k, layernorm
+    (nor n_head, if the attention is dense): set those right. Raises ValueError when names or shapes do not fit."""
     model, parts = MoEUT(config), defaultdict(list)
     sel_o = "router.w" if config.n_att_expert > 1 else "w_gate"
     for name, weight in sorted(state_dict.items(), reverse=True):  # so q comes before k, and sel_v before sel_o
