@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -78,7 +78,7 @@ def make(**changes) -> MoEUT:
     return model
 
 
-DENSE = dict(ffn="dense", attention="dense", layernorm="pre")
+DENSE = moeut.TRANSFORMER
 FAMILY = {
     "MoEUT": dict(), "MoEUT pre": dict(layernorm="pre"), "MoEUT post": dict(layernorm="post"),
     "MoEUT all experts": dict(n_att_expert=4), "MoEUT one expert per head": dict(n_att_expert=1, att_top_k=1),
@@ -1091,21 +1091,23 @@ def test_tasks(run, done):
 
 def test_weights_of_the_authors(run, monkeypatch):
     """From their clean repository and from their training code, with what stands for a SentencePieceProcessor."""
+    names = ["</s>", *"\u2581abcdefg", "<0xC3>", "<0xA9>"]
     pieces = type("Pieces", (tuple,), dict(
         id_to_piece=tuple.__getitem__, is_control=lambda self, i: i == 0, is_byte=lambda self, i: self[i][:3] == "<0x",
-        encode=lambda self, text: [self.index(c) for c in text.replace(" ", "\u2581")], eos_id=lambda self: 0,
-    ))(["</s>", *"\u2581abcd", "<0xC3>", "<0xA9>"])
+        encode=lambda self, text: [self.index(c) for c in text.replace(" ", "\u2581")], eos_id=lambda self: 0))(names)
     package = SimpleNamespace(SentencePieceProcessor=lambda model_proto: pieces)
     monkeypatch.setitem(sys.modules, "sentencepiece", package)
-    model, weights = MoEUT(preset("tiny", vocab_size=8)).eval(), {"embedding.weight": torch.zeros(8, 64)}
-    monkeypatch.setattr(sample, "from_authors", lambda w, c: w.keys() == weights.keys() and c == model.config and model)
+    monkeypatch.setitem(moeut.PRESETS, "theirs", asdict(authors_config(3)))
+    model, training = moeut.from_authors(authors_weights(3), authors_config(3)).eval(), authors_weights(3, True)
     Path("words.model").touch()
-    tokens = itertools.takewhile(bool, map(int, model.generate(torch.tensor([[2, 3, 1, 4]]), 20, temperature=0)))
-    best = b"ab c" + b"".join([b"", b" ", b"a", b"b", b"c", b"d", b"\xc3", b"\xa9"][i] for i in tokens) + b"\n"
-    for stored in (weights, dict(run_invariants=dict(args={"rope.base": 10000}), model=weights)):
+    tokens = itertools.takewhile(bool, map(int, model.generate(torch.tensor([[3, 7, 1, 4]]), 20, temperature=0)))
+    spelled = [b"", b" ", *(bytes([c]) for c in b"abcdefg"), b"\xc3", b"\xa9"]
+    best = b"bf c" + b"".join(spelled[i] for i in tokens) + b"\n"
+    assert len(best) > 8
+    for stored in (authors_weights(3), dict(run_invariants=dict(args={"rope.base": 10000}), model=training)):
         torch.save(stored, "theirs.pt")
-        printed = run(sample, *"--out=theirs.pt --tokenizer=words.model --preset=tiny --temperature=0".split(),
-                      "--prompt=ab c", "--max_new_tokens=20").out
+        printed = run(sample, *"--out=theirs.pt --tokenizer=words.model --preset=theirs --temperature=0".split(),
+                      "--prompt=bf c", "--max_new_tokens=20").out
         assert printed == best.decode(errors="replace")
 
 
