@@ -27,7 +27,7 @@ OPTIMIZER = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip init_fro
 class BenchOptions:
     preset: str = option("small", "the MoEUT", choices=PAIRS)
     batch_size: int = option(0, "sequences of a step; 0 takes those of the preset's recipe", 0)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = option("auto", "auto is cuda, or else cpu; also cuda:1, mps")
     dtype: str = option("auto", "precision of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = option("auto", "torch.compile; auto is yes on CUDA", choices=("auto", "yes", "no"))
     compare: tuple = option((), "folders of finished runs: print their results side by side, and time nothing")

@@ -42,7 +42,7 @@ class SampleOptions:
     limit: int = option(0, "documents of each task; 0 takes all", 0)
     tokenizer: str = option("", "the SentencePiece .model, for weights of the paper's authors")
     preset: str = option("", "the model, for weights of the paper's authors")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = option("auto", "auto is cuda, or else cpu; also cuda:1, mps")
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------

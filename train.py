@@ -67,7 +67,7 @@ class Options:
     eval_tokens: int = option(16384, "validation tokens of one evaluation; the last one takes 8 times as many", 1)
     log_interval: int = option(50, "steps between log lines", 1)
     sample_tokens: int = option(120, "length of the samples", 0)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = option("auto", "auto is cuda, or else cpu; also cuda:1, mps")
     dtype: str = option("auto", "precision of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = option("auto", "torch.compile; auto is yes on CUDA", choices=("auto", "yes", "no"))
     recompute: bool = option(False, "activation checkpointing: less memory, more time")
@@ -162,7 +162,7 @@ PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090"
 
 def pick_device(name: str) -> torch.device:
     try:
-        best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        best = "cuda" if torch.cuda.is_available() else "cpu"
         tensor = torch.zeros(1, device=best if name == "auto" else name)
         tensor.item()  # which the meta device, for one, has not
         return tensor.device
