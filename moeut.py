@@ -167,8 +167,9 @@ class DenseFFN(nn.Module):
     def __init__(self, c: MoEUTConfig):
         super().__init__()
         self.w_up = normal(c, c.ffn_size, c.n_embd, inputs=c.n_embd)
+        self.b_up = nn.Parameter(torch.zeros(c.ffn_size))
         self.w_down = normal(c, c.n_embd, c.ffn_size, inputs=c.ffn_size)
-        self.b_up, self.b_down = nn.Parameter(torch.zeros(c.ffn_size)), nn.Parameter(torch.zeros(c.n_embd))
+        self.b_down = nn.Parameter(torch.zeros(c.n_embd))
 
     def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, None]:
         h = F.linear(x, self.w_up, self.b_up).relu()                                     # [B, T, ffn_size]
