@@ -71,7 +71,7 @@ def compare(folders: list[str]):
             result = [m["val_bits_per_byte"] for m in metrics if "val_loss" in m][-1], run["seconds"], memory
         except (KeyError, TypeError, ValueError, IndexError):
             sys.exit(f"The run in {folder} has no evaluation yet: let it go on with --resume.")
-        text = f"of hash {run['text_hash'][0] % 2**64:x}"
+        text = "of hash " + "".join(f"{part % 2**64:016x}" for part in run["text_hash"])
         conditions = dict(text=text, step=run["step"], tokens_per_step=o.tokens_per_step, vocab_size=c.vocab_size)
         for k, v in conditions.items():
             if v != (common := common or conditions)[k]:

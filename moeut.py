@@ -409,16 +409,16 @@ def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) ->
 
 
 TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")  # the standard one, which the paper compares with
+PAPER = dict(vocab_size=8000, block_size=1024)
 
 
 def paper_moeut(C, L, G, H, D, E, K, A):
-    return dict(vocab_size=8000, block_size=1024, n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E,
-                top_k=K, n_att_expert=A, att_top_k=2)
+    return dict(PAPER, n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E, top_k=K, n_att_expert=A,
+                att_top_k=2)
 
 
 def paper_dense(C, L, H, D, hidden):
-    return dict(TRANSFORMER, vocab_size=8000, block_size=1024, n_embd=C, n_layer=L, group_size=L, n_head=H, head_size=D,
-                ffn_size=hidden)
+    return dict(PAPER, **TRANSFORMER, n_embd=C, n_layer=L, group_size=L, n_head=H, head_size=D, ffn_size=hidden)
 
 
 PRESETS = {

@@ -583,8 +583,6 @@ def test_what_does_not_fit_cvmm(n_slot):
                 cvmm.route(expert, bad)
         with pytest.raises(TypeError, match="integers"):
             cvmm.route(expert.float(), 5)
-    with pytest.raises(TypeError, match="float64"):  # in Triton's kernels
-        cvmm.schedule(x.double())
 
 
 @pytest.mark.parametrize("gated, dtype, fans", [
@@ -630,6 +628,16 @@ def test_offsets_beyond_32_bits(monkeypatch):
     expert = torch.tensor([0, 1, 2, 2, 2, 0], device=DEVICE)
     ours = output_and_grads(lambda x, w: cvmm.cvmm(x, w, cvmm.route(expert, 3), 2, 1), (x, w))
     close(ours, output_and_grads(lambda x, w: cvmm.definition(x, w, expert, 2), (x.float(), w.float())), 2e-3)
+
+
+@needs_triton
+def test_number_formats():
+    """float64 is refused; float32 follows torch's switch for TF32."""
+    for precision in ("tf32", "ieee"):  # which is also the default
+        torch.backends.cuda.matmul.fp32_precision = precision
+        assert cvmm.schedule(torch.empty(1))["PRECISION"] == precision
+    with pytest.raises(TypeError, match="float64"):
+        cvmm.schedule(torch.empty(1).double())
 
 
 def launches(size, n, dtype):
@@ -849,12 +857,16 @@ def test_windows_visit_everything_once_per_epoch(length):
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def test_learning_rate():
-    """Linear to the peak, which may be held, then half a cosine."""
+def test_learning_rate_and_recipes():
+    """Linear to the peak, which may be held, then half a cosine. The paper's runs need no further flags."""
     for hold, steps, expected in ((0, (0, 4, 9, 10, 60, 110, 500), (0.1, 0.5, 1, 1, 0.55, 0.1, 0.1)),
                                   (0.5, (0, 10, 55, 82.5, 110), (0.1, 1, 1, 0.55, 0.1))):
         o = train.Options(lr=1.0, warmup=10, steps=110, hold=hold, final_lr=0.1)
         assert [train.learning_rate(step, o) for step in steps] == pytest.approx(expected)
+    for name, warmup, grad_clip in (("moeut-44M", 0, 0.1), ("moeut-244M", 4000, 0.25)):
+        o = train.Options(**train.RECIPES[name])
+        assert (o.lr, o.beta1, o.beta2, o.weight_decay, o.final_lr, o.hold) == (2.5e-4, 0.9, 0.999, 0.01, 0.1, 0)
+        assert (o.steps, o.tokens_per_step, o.warmup, o.grad_clip) == (100_000, 65_536, warmup, grad_clip)
 
 
 def test_train_then_sample(run):
