@@ -27,13 +27,15 @@ Letters in the shape comments, code name and meaning:
     E  n_expert      feedforward experts                K  top_k        ... chosen per token
     F  expert_size   hidden units of an expert          P               rotated dimensions of a head
     A  n_att_expert  experts per head                   J  att_top_k    ... chosen per token and head
+
+x [B, T, C] is what attention and feedforward transform, n [B, T, C] what their routers, queries and keys read. With
+peri-layernorm n is LN(x), without it x. Both return [B, T, C] and the usage of their experts, None if they have none.
 """
 
 import math
-from collections import defaultdict
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -95,7 +97,7 @@ class MoEUTConfig:
 
     def macs_per_token(self, context: int | None = None) -> int:
         """Multiply-accumulates of the forward pass of a token that attends to `context` positions, block_size if not
-        given, without embedding and head: the paper's formula, which does not halve attention for causality."""
+        given, without embedding and lm_head: the paper's formula, which does not halve attention for causality."""
         C, H, D, A, moe = self.n_embd, self.n_head, self.head_size, self.n_att_expert, self.attention == "moe"
         J, gates = (self.att_top_k, 2 * A) if moe and A > 1 else (1, int(moe))
         attention = 2 * H * D * (context or self.block_size) + 2 * (1 + J) * C * H * D + C * H * gates
@@ -106,13 +108,9 @@ class MoEUTConfig:
 def normal(c: MoEUTConfig, *shape: int, inputs: int) -> nn.Parameter:
     """Initial weights, as in the authors' training code: those of a layer have standard deviation sqrt(2 / L / inputs),
     where L counts applications, and biases are 0. w_down has E * F inputs (of all experts, not of the chosen ones), w_o
-    has H * D. The embedding has 1 / sqrt(C); layernorms and head stay as PyTorch makes them. (The authors' clean
+    has H * D. The embedding has 1 / sqrt(C); layernorms and lm_head stay as PyTorch makes them. (The authors' clean
     repository goes on to give the rows of its feedforward routers equal norms.)"""
     return nn.Parameter(math.sqrt(2 / c.n_layer / inputs) * torch.randn(shape))
-
-
-# From here to Layer, x is what a module transforms, and n is what its routers, queries and keys read. They differ only
-# with peri-layernorm, where n = LN(x).
 
 
 class Router(nn.Module):
@@ -153,7 +151,6 @@ class SigmaMoE(nn.Module):
         self.w_down = normal(c, c.n_expert, c.expert_size, c.n_embd, inputs=c.n_expert * c.expert_size)
 
     def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x, n [B, T, C] -> [B, T, C], and the usage of the experts [B, E]."""
         gate, expert, usage = self.router(n)                                             # [B, T, K] both, [B, E]
         K, r = self.router.top_k, route(expert, len(self.w_up))  # sorts slots by expert, once for both matmuls
         h = cvmm(x.flatten(0, 1), self.w_up, r, fan_in=K).relu()                         # [N * K, F], sorted by expert
@@ -200,20 +197,15 @@ class LayerCache:
 
     k, v, length = None, None, 0  # [B, H, length, D] both
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add k, v [B, H, T, D] of the new tokens; return those of all tokens so far [B, H, S, D]."""
-        if self.length:
-            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
-        self.k, self.v, self.length = k, v, k.shape[2]
-        return k, v
-
 
 def attend(qk: Tensor, v: Tensor, rotary, cache: LayerCache | None) -> Tensor:
     """Causal attention of new tokens to past ones and themselves: qk [B, T, 2, H, D], v [B, T, H, D] -> [B, T, H, D]"""
     q, k = rotate(qk, rotary).transpose(1, 3).unbind(2)                                  # [B, H, T, D] both
     v = v.transpose(1, 2)                                                                # [B, H, T, D]
     if cache is not None:
-        k, v = cache.append(k, v)                                                        # [B, H, S, D] both
+        if cache.length:
+            k, v = torch.cat((cache.k, k), dim=2), torch.cat((cache.v, v), dim=2)        # [B, H, S, D] both
+        cache.k, cache.v, cache.length = k, v, k.shape[2]
     T, S, mask = q.shape[2], k.shape[2], None
     if 1 < T < S:  # a single query sees all keys, and for T = S there is is_causal, which allows a faster kernel
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -240,9 +232,8 @@ class SwitchHead(nn.Module):
         self.w_o = normal(c, H * A, D, C, inputs=H * D)
 
     def forward(self, x: Tensor, n: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, Tensor | None]:
-        """x, n [B, T, C] -> [B, T, C], and the usage of the experts [B, 2, H, A]."""
         (B, T, _), (_, H, A), J = x.shape, self.router.shape, self.router.top_k
-        gate, expert, usage = self.router(n)                                             # [B, T, 2, H, J] both
+        gate, expert, usage = self.router(n)                                # [B, T, 2, H, J] both, [B, 2, H, A]
         qk = F.linear(n, self.w_qk).unflatten(-1, (2, H, -1))                            # [B, T, 2, H, D]
         if A <= 4 and x.device.type == "cpu":  # the same with all experts, those not chosen with gate 0: a tenth faster
             gates = gate.new_zeros(B, T, 2, H, A).scatter(-1, expert, gate).to(x.dtype)
@@ -312,7 +303,7 @@ class Output(NamedTuple):
 
 
 class MoEUT(nn.Module):
-    """The language model: embedding, L / G times the group of layers, layernorm (unless "post"), linear head."""
+    """The language model: embedding, L / G times the group of layers, layernorm (unless "post"), lm_head."""
 
     def __init__(self, c: MoEUTConfig):
         super().__init__()
@@ -322,7 +313,7 @@ class MoEUT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(c.n_embd))
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.group_size))
         self.ln = nn.Identity() if c.layernorm == "post" else nn.LayerNorm(c.n_embd)
-        self.head = nn.Linear(c.n_embd, c.vocab_size)  # with a bias, not tied to the embedding
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size)  # with a bias, not tied to the embedding
 
     def new_cache(self) -> list[LayerCache]:
         return [LayerCache() for _ in range(self.config.n_layer)]
@@ -340,10 +331,10 @@ class MoEUT(nn.Module):
         x = self.embedding(idx)                                                          # [B, T, C]
         for i in range(self.config.n_layer):
             g = i % self.config.group_size                                               # A B A B ...
-            layer = partial(checkpoint, self.layers[g], use_reentrant=False) if self.recompute else self.layers[g]
-            x, used = layer(x, rotary, cache and cache[i])                               # [B, T, C]
+            layer, args = self.layers[g], (x, rotary, cache and cache[i])
+            x, used = checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
             usage[g].append(used)
-        logits = self.head(self.ln(x))                                                   # [B, T, V]
+        logits = self.lm_head(self.ln(x))                                                # [B, T, V]
 
         reg = self.regulariser(usage)
         if targets is None:
@@ -355,7 +346,7 @@ class MoEUT(nn.Module):
         """Of each router, with p the usage of its experts by a sequence, averaged over the repeats of the layer: weight
         * sum p log p, which is 0 when one expert takes all, and -log E when all are used alike; mean over batch and
         heads, sum over layers. Without it a few experts could win every token, and the others would never learn."""
-        total = torch.zeros((), device=self.head.weight.device)
+        total = torch.zeros((), device=self.lm_head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
             # Heads are averaged, values and outputs add up: twice the mean
@@ -366,12 +357,9 @@ class MoEUT(nn.Module):
                     total = total + weight * (p * log_p).sum(-1).mean()
         return total
 
-    def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Continue idx [B, T]; yields the next token of every sequence, [B], max_new_tokens times. Call eval() first.
-
         temperature 0 takes the most likely token. top_k keeps the k most likely tokens (not experts), top_p the fewest
         that make up that probability. Only the newest block_size tokens of a prompt are read; when the cache is full, a
         new one reads the newest half of them again. Raises ValueError, at once, for arguments without meaning."""
@@ -381,8 +369,10 @@ class MoEUT(nn.Module):
             raise ValueError(f"temperature is {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least"
                              " 0, top_k at least 1, top_p above 0 and at most 1.")
 
+        window = self.config.block_size
+
         @torch.inference_mode()
-        def tokens(idx, window=self.config.block_size):
+        def tokens(idx):
             cache, new = self.new_cache(), idx[:, -window:]                              # new: not in the cache yet
             for _ in range(max_new_tokens):
                 if cache[0].length + new.shape[1] > window:
@@ -409,18 +399,6 @@ def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) ->
 
 
 TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")  # the standard one, which the paper compares with
-PAPER = dict(vocab_size=8000, block_size=1024)
-
-
-def paper_moeut(C, L, G, H, D, E, K, A):
-    return dict(PAPER, n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E, top_k=K, n_att_expert=A,
-                att_top_k=2)
-
-
-def paper_dense(C, L, H, D, hidden):
-    return dict(PAPER, **TRANSFORMER, n_embd=C, n_layer=L, group_size=L, n_head=H, head_size=D, ffn_size=hidden)
-
-
 PRESETS = {
     # Made for two CPU cores: the five architectures with the same number of parameters, within 0.5%. The Universal
     # Transformer gets them by its width.
@@ -435,14 +413,21 @@ PRESETS = {
     "small": dict(n_embd=256, n_layer=8, head_size=32, n_expert=18, expert_size=320, block_size=256),
     "dense-small": dict(
         TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, head_size=32, ffn_size=1024, block_size=256),
-    # The sizes of the paper: MoEUT, and the Transformer with as many parameters
-    "moeut-44M": paper_moeut(412, 16, 2, 4, 82, 155, 12, 8), "dense-44M": paper_dense(412, 16, 10, 41, 2053),
-    "moeut-126M": paper_moeut(768, 18, 2, 4, 96, 254, 12, 10), "dense-126M": paper_dense(768, 16, 16, 48, 3072),
-    "moeut-244M": paper_moeut(1024, 18, 2, 4, 128, 387, 16, 10), "dense-244M": paper_dense(1024, 18, 16, 64, 4110),
-    "moeut-318M": paper_moeut(1024, 24, 3, 4, 128, 338, 16, 10), "dense-318M": paper_dense(1024, 24, 16, 64, 4110),
-    "moeut-727M": paper_moeut(1280, 36, 4, 5, 128, 467, 20, 13), "dense-727M": paper_dense(1280, 36, 20, 64, 5120),
-    "moeut-1B": paper_moeut(1536, 36, 4, 6, 128, 565, 24, 12), "dense-1B": paper_dense(1536, 36, 24, 64, 6144),
 }
+# The sizes of the paper: MoEUT, and the Transformer with as many parameters
+for size, C, (L, G, H, D, E, K, A), (dense_L, dense_H, dense_D, hidden) in (
+    ("44M", 412, (16, 2, 4, 82, 155, 12, 8), (16, 10, 41, 2053)),
+    ("126M", 768, (18, 2, 4, 96, 254, 12, 10), (16, 16, 48, 3072)),
+    ("244M", 1024, (18, 2, 4, 128, 387, 16, 10), (18, 16, 64, 4110)),
+    ("318M", 1024, (24, 3, 4, 128, 338, 16, 10), (24, 16, 64, 4110)),
+    ("727M", 1280, (36, 4, 5, 128, 467, 20, 13), (36, 20, 64, 5120)),
+    ("1B", 1536, (36, 4, 6, 128, 565, 24, 12), (36, 24, 64, 6144)),
+):
+    paper = dict(vocab_size=8000, block_size=1024, n_embd=C)
+    PRESETS[f"moeut-{size}"] = dict(
+        paper, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E, top_k=K, n_att_expert=A, att_top_k=2)
+    PRESETS[f"dense-{size}"] = dict(
+        paper, **TRANSFORMER, n_layer=dense_L, group_size=dense_L, n_head=dense_H, head_size=dense_D, ffn_size=hidden)
 
 
 def preset(name: str, **changes) -> MoEUTConfig:
@@ -455,23 +440,22 @@ def preset(name: str, **changes) -> MoEUTConfig:
 def from_authors(state_dict: dict[str, Tensor], config: MoEUTConfig) -> MoEUT:
     """A model with the weights of the authors: of `MoEUTLM` in their repository, github.com/RobertCsordas/moeut, or of
     the model in their training code, .../moeut_training_code. Shapes do not tell n_layer, top_k, att_top_k, layernorm
-    (nor n_head, if the attention is dense): set those right. Raises ValueError when names or shapes do not fit."""
-    model, parts = MoEUT(config), defaultdict(list)
+    (nor n_head, if n_att_expert is 1): set those right. Raises ValueError when names or shapes do not fit."""
+    model, parts = MoEUT(config), {}
     sel_o = "router.w" if config.n_att_expert > 1 else "w_gate"
     for name, weight in sorted(state_dict.items(), reverse=True):  # so q comes before k, and sel_v before sel_o
         for theirs, ours in (
-            ("unique_layers.", "layers."), ("transformer.layers.", "layers."), ("self_attn.norm.", "ln1."),
-            ("self_attn.selections.", "attention.sel_"), ("self_attn.projections.", "attention."),
-            ("attention.sel_v", "attention.router.w"), ("attention.sel_o", f"attention.{sel_o}"),
-            ("attention.q.weight", "attention.q"), ("attention.k.weight", "attention.k"),
-            ("attention.q", "attention.w_qk"), ("attention.k", "attention.w_qk"), ("attention.v", "attention.w_v"),
-            ("attention.o", "attention.w_o"), ("pkm.norm.", "ln2."), ("pkm.", "ffn."), ("ffn.keys", "ffn.w_up"),
-            ("ffn.values", "ffn.w_down"), ("ffn.expert_sel", "ffn.router.w"), ("out_norm.", "ln."),
-            ("lm_head.", "head."), ("output.", "head."),
+            (r"^(unique_|transformer\.)layers", "layers"), (r"self_attn\.norm", "ln1"), (r"pkm\.norm", "ln2"),
+            (r"(attention|self_attn\.projections)\.[qk](\.weight)?$", "attention.w_qk"),
+            (r"(attention|self_attn\.projections)\.([vo])$", r"attention.w_\2"),
+            (r"(attention\.sel_|self_attn\.selections\.)v$", "attention.router.w"),
+            (r"(attention\.sel_|self_attn\.selections\.)o$", f"attention.{sel_o}"),
+            (r"(ffn|pkm)\.keys$", "ffn.w_up"), (r"(ffn|pkm)\.values$", "ffn.w_down"),
+            (r"(ffn|pkm)\.expert_sel$", "ffn.router.w"), (r"^out_norm", "ln"), (r"^output", "lm_head"),
         ):
-            name = name.replace(theirs, ours)
+            name = re.sub(theirs, ours, name)
         if not name.endswith((".iter", ".kv_sel_counts_100")):  # statistics
-            parts[name].append(weight)
+            parts.setdefault(name, []).append(weight)
     try:
         model.load_state_dict({name: torch.cat(weights) for name, weights in parts.items()})
     except RuntimeError as e:  # whose last line says what is missing, too much, or of another shape

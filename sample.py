@@ -13,7 +13,6 @@ import itertools
 import math
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +42,6 @@ class SampleOptions:
     tokenizer: str = option("", "the SentencePiece .model, for weights of the paper's authors")
     preset: str = option("", "the model, for weights of the paper's authors")
     device: str = option("auto", "auto is cuda, or else cpu; also cuda:1, mps")
-
-
-# Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
 def load(o: SampleOptions) -> tuple[MoEUT, Tokenizer]:
@@ -78,14 +74,10 @@ def read_prompt(o: SampleOptions) -> str:
     try:
         if o.prompt_file:
             with open(0 if o.prompt_file == "-" else o.prompt_file, encoding="utf-8", newline="") as file:
-                prompt = file.read()
-            return prompt or sys.exit(f"--prompt_file: {o.prompt_file} is empty: give some text to continue.")
+                return file.read() or sys.exit(f"--prompt_file: {o.prompt_file} is empty: give some text to continue.")
         return o.prompt.encode(errors="surrogateescape").decode()
     except UnicodeDecodeError:
         sys.exit(f"The prompt{' in ' + o.prompt_file if o.prompt_file else ''} is not UTF-8 text.")
-
-
-# Sampling ------------------------------------------------------------------------------------------------------------
 
 
 def sample(model: MoEUT, tokenizer: Tokenizer, o: SampleOptions, prompt: str, idx: torch.Tensor):
@@ -105,15 +97,12 @@ def sample(model: MoEUT, tokenizer: Tokenizer, o: SampleOptions, prompt: str, id
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s on {idx.device}", file=sys.stderr)
 
 
-# Experts -------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
     """The text once per layer application, every token with the feedforward expert that has its largest gate; and how
     evenly and how constantly all experts are used."""
-    chosen = defaultdict(list)  # of each router, one (gate, expert) for each repeat, without the batch
     routers = {name: m for name, m in model.named_modules() if isinstance(m, Router)}
+    chosen = {name: [] for name in routers}  # (gate, expert) of each repeat, without the batch
     if not routers:
         sys.exit("This model has no experts.")
     for name, router in routers.items():
@@ -140,9 +129,6 @@ def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
         print(f"{name:32} {(p > 0).float().mean():6.0%} {evenness:9.2f} {same:27.0%}")
 
 
-# Scores --------------------------------------------------------------------------------------------------------------
-
-
 def log_likelihoods(model: MoEUT, pairs: list, batch_tokens: int = 8192) -> list[tuple[float, bool]]:
     """Of (context, continuation) token ids: log probability of the continuation, and whether it is the most likely."""
     rows = [torch.tensor([*context, *end][-model.config.block_size - 1 :]) for context, end in pairs]
@@ -150,7 +136,7 @@ def log_likelihoods(model: MoEUT, pairs: list, batch_tokens: int = 8192) -> list
     while order:
         n = max(batch_tokens // len(rows[order[0]]), 1)
         some, order = order[:n], order[n:]
-        padded = pad_sequence([rows[i] for i in some], batch_first=True).to(model.head.weight.device)
+        padded = pad_sequence([rows[i] for i in some], batch_first=True).to(model.lm_head.weight.device)
         with torch.inference_mode():
             logits, target = model(padded[:, :-1]).logits.float(), padded[:, 1:]
         nats, likely = F.cross_entropy(logits.mT, target, reduction="none"), logits.argmax(-1) == target    # [B, T]

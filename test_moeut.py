@@ -137,7 +137,7 @@ def equations(model, idx, targets):
             else:
                 n = norm(ln, x)
                 x = x + f(name, x if c.layernorm == "peri" else n, n)
-    logits = (x if c.layernorm == "post" else norm("ln", x)) @ p["head.weight"].T + p["head.bias"]
+    logits = (x if c.layernorm == "post" else norm("ln", x)) @ p["lm_head.weight"].T + p["lm_head.bias"]
     cross_entropy = -logits.log_softmax(-1).gather(-1, targets[..., None].clamp(min=0))[targets >= 0].mean()
 
     reg = torch.zeros(())
@@ -253,7 +253,7 @@ def test_initialisation(kind):
                     n_att_expert=8, att_top_k=2, ffn_size=384, **kind)
     a, head = math.sqrt(2 / 6), 1 / 16 / math.sqrt(3)  # 6 applications, although there are 2 layers
     expected = {
-        "embedding.weight": 1 / 16, "head.weight": head, "head.bias": head, "attention.w_qk": a / 16,
+        "embedding.weight": 1 / 16, "lm_head.weight": head, "lm_head.bias": head, "attention.w_qk": a / 16,
         "attention.router.w": a / 16, "attention.w_v": a / 16, "attention.w_o": a / math.sqrt(4 * 32),
         "ffn.router.w": a / 16, "ffn.w_up": a / 16, "ffn.w_down": a / math.sqrt(384 if kind else 16 * 64),
         "ffn.b_up": 0, "ffn.b_down": 0}
@@ -794,11 +794,11 @@ def test_vocabulary(run):
     """Smaller than asked for if the text has no more to merge; padded only on request, with tokens that are no text."""
     Path("few.txt").write_text("abab " * 900 + "xyxy " * 100)  # which is for validation
     printed = run(train, *SMALL, "--steps=1", "--data=few.txt", "--vocab_size=5000", "--out=few").out
-    size, ranks = len(load("few")["model"]["head.weight"]), load("few")["tokenizer"]["mergeable_ranks"]
+    size, ranks = len(load("few")["model"]["lm_head.weight"]), load("few")["tokenizer"]["mergeable_ranks"]
     assert f"vocabulary: {size} tokens instead of 5000" in printed and 257 < size == len(ranks) + 1 < 300
     assert b"ab" in ranks and b"xy" not in ranks
     run(train, *SMALL, "--steps=1", "--tokenizer=bytes", "--vocab_size=1000")
-    assert len(load()["model"]["head.weight"]) == 1000 and run(sample, "--temperature=9").out
+    assert len(load()["model"]["lm_head.weight"]) == 1000 and run(sample, "--temperature=9").out
 
 
 def test_tokens_are_cached(run, monkeypatch):
@@ -1015,7 +1015,7 @@ def test_help_compare_and_bench(run):
 def set_end(bias):
     """The model of the run writes the end token always, or never."""
     stored = load()
-    stored["model"]["head.bias"][-1] = bias
+    stored["model"]["lm_head.bias"][-1] = bias
     torch.save(stored, "out/last.pt")
 
 

@@ -17,8 +17,6 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the process, withou
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
-import contextlib
-import itertools
 import json
 import math
 import sys
@@ -87,7 +85,7 @@ def parse(doc: str, *classes) -> list[dict]:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=raw)
     parser.error = lambda message: sys.exit(f"{message}; --help lists all options.")  # without the page of usage
-    for f in itertools.chain(*map(fields, classes)):
+    for f in [f for c in classes for f in fields(c)]:
         kind, about = type(f.default), {"help": f"the model's, see {classes[-1].__name__}", **f.metadata}
         how = dict(type=kind, metavar=kind.__name__.upper(), choices=about.get("choices"))
         how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+")}.get(kind, how)
@@ -181,7 +179,7 @@ def learning_rate(step: int, o: Options) -> float:
 @torch.no_grad()
 def evaluate(model: MoEUT, data: np.ndarray, n_tokens: int, batch_size: int, autocast) -> float:
     """Mean cross entropy in nats per token on windows spread evenly over `data`, always the same ones."""
-    T, device, total = model.config.block_size, model.head.weight.device, 0.0
+    T, device, total = model.config.block_size, model.lm_head.weight.device, 0.0
     starts = np.linspace(0, len(data) - T - 1, max(min(n_tokens, len(data) - 1) // T, 1)).astype(np.int64)
     model.eval()
     for some in np.array_split(starts, math.ceil(len(starts) / batch_size)):
@@ -196,11 +194,11 @@ def peak_memory(device: torch.device) -> float:
     """The most MiB held so far: on the GPU, or by the whole process; nan where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(ImportError):  # Windows
+    try:
         import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return math.nan
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def draw(metrics: list[dict], path: Path):
@@ -273,19 +271,21 @@ def train(given: dict, changes: dict):
     model, tokenizer, stored = None, None, {}
     if resume or "init_from" in given:
         fixed = {"preset", "tokenizer", *changes} | ({"init_from", "seed", "tokens_per_step"} if resume else set())
-        for name in sorted(fixed & {*given, *changes}):
-            sys.exit(f"--{name} cannot be given with --{'resume' if resume else 'init_from'}: the checkpoint says it.")
+        if wrong := sorted(fixed & {*given, *changes}):
+            how = "resume" if resume else "init_from"
+            sys.exit(f"--{wrong[0]} cannot be given with --{how}: the checkpoint says it.")
         model, tokenizer, stored = load_model(out if resume else Path(given["init_from"]))
     if not resume and (out / "last.pt").exists():
         sys.exit(f"{out} holds a run already: --resume goes on with it, another --out begins a new one.")
     name = (stored.get("options") or given).get("preset", Options.preset)
     o = Options(**RECIPES[name] | (stored["options"] if resume else dict(preset=name)) | given)
-    o.data = [os.path.abspath(pattern) for pattern in o.data]
+    o.data = tuple(map(os.path.abspath, o.data))
     try:
         config = model.config if model else preset(o.preset, **changes)
     except ValueError as e:
         sys.exit(str(e))
-    T, (sequences, rest) = config.block_size, divmod(o.tokens_per_step, config.block_size * world)  # of each process
+    T = config.block_size
+    sequences, rest = divmod(o.tokens_per_step, T * world)  # of a step, for each process
     batch_size = min(o.batch_size, sequences)
     if rest or not sequences or sequences % batch_size:
         sys.exit(f"--tokens_per_step is {o.tokens_per_step}: it must be a multiple of block_size x batch_size x "
