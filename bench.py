@@ -18,8 +18,6 @@ from moeut import PRESETS, MoEUT, MoEUTConfig, preset
 from train import RECIPES, Options, Trainer, cli, option, parse, pick_device, read_checkpoint
 
 PAIRS = {name: f"dense-{name.split('-')[-1]}" for name in PRESETS if name in ("tiny", "small") or "moeut" in name}
-
-
 OPTIMIZER = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip init_from".split()
 
 
@@ -56,8 +54,9 @@ def bench(b: BenchOptions, rounds: int = 9):
         table[what] = np.median(times[2:], axis=0).tolist()
     print(f"{device}, {torch.get_num_threads()} threads; medians of {rounds} rounds\n"
           f"{'':24} {names[0]:>14} {names[1]:>14}  ratio")
-    for what, (a, b) in table.items():
-        print(f"{what:24} {a:14,.{2 * (a < 1e4)}f} {b:14,.{2 * (a < 1e4)}f} {a / b:6.2f}")
+    for what, (ours, theirs) in table.items():
+        digits = 2 if ours < 1e4 else 0
+        print(f"{what:24} {ours:14,.{digits}f} {theirs:14,.{digits}f} {ours / theirs:6.2f}")
 
 
 def compare(folders: list[str]):

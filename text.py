@@ -41,11 +41,12 @@ def make_spec(name: str, texts, vocab_size: int) -> dict:
 
 
 class Tokenizer:
-    """encode and decode; `end` is the token that closes a document."""
+    """encode and decode; `end` is the token that closes a document, and dtype the integers that tokens are kept in."""
 
     def __init__(self, spec: dict):
         encoding = tiktoken.Encoding(**spec)
         self.spec, self.name, self.end, self.n_vocab = spec, encoding.name, encoding.eot_token, encoding.n_vocab
+        self.dtype = np.uint16 if self.n_vocab <= 1 << 16 else np.uint32
         self.tokens = {i: token for token, i in spec["mergeable_ranks"].items()}
         self.encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())  # text -> ids
 
@@ -144,6 +145,30 @@ def aside(path: Path):
         part.unlink(missing_ok=True)
 
 
+def write_tokens(path: Path, documents, tokenizer: Tokenizer):
+    """A header of 64 bytes: the tokens of both parts, the bytes of both, the hash of the text. Then the tokens."""
+    count, shown = np.zeros((2, 2), np.int64), time.time()
+    with aside(path) as file:
+        file.write(bytes(64))
+        for part, text in split(documents):
+            ids = [tokenizer.end] if text is None else tokenizer.encode(text)
+            file.write(np.asarray(ids, tokenizer.dtype).tobytes())
+            count[:, part] += len(ids), len((text or "").encode())
+            if time.time() > shown + 2:
+                shown = time.time()
+                print(f"tokenizing: {count[1].sum() / 1e6:.0f} MB")
+        file.seek(0)
+        file.write(count.tobytes() + hashlib.sha256("".join(d for d, _, _ in documents).encode()).digest())
+
+
+def read_tokens(path: Path, tokenizer: Tokenizer):
+    """The tokens of both parts; bits per byte for a nat per token, of both; the hash. Raises OSError or ValueError."""
+    n_train, n_val, *n_bytes_and_hash = np.fromfile(path, np.int64, 8).tolist()
+    tokens = np.memmap(path, tokenizer.dtype, "r", 64, (n_train + n_val,))
+    bits = [n / max(b, 1) / math.log(2) for n, b in zip((n_train, n_val), n_bytes_and_hash[:2], strict=True)]
+    return tokens[:n_train], tokens[n_train:], bits, n_bytes_and_hash[2:]
+
+
 def load_text(patterns, name: str, vocab_size: int, tokenizer: Tokenizer | None):
     """Returns the tokenizer, made from its name and the text if it is not given; the tokens for training and for
     validation, where `end` closes every document; what turns nats per token into bits per byte, for both; a hash."""
@@ -152,32 +177,14 @@ def load_text(patterns, name: str, vocab_size: int, tokenizer: Tokenizer | None)
     if not tokenizer:
         train = (text for part, text in split(documents()) if part == 0 and text) if name == "bpe" else ()
         tokenizer = Tokenizer(make_spec(name, itertools.islice(train, 200), vocab_size))  # of at most 200 MB
-    dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32)
     key = repr([tokenizer.spec, [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeut"
     path = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
-    for _ in range(2):
-        try:  # a header of 64 bytes: tokens of both parts, bytes of both, hash; then the tokens
-            n_train, n_val, *n_bytes, _, _, _, _ = header = np.fromfile(path, np.int64, 8).tolist()
-            tokens = np.memmap(path, dtype, "r", 64, (n_train + n_val,))
-            break
-        except (OSError, ValueError):  # not there, or damaged
-            count, shown = np.zeros((2, 2), np.int64), time.time()
-        with aside(path) as file:
-            file.write(bytes(64))
-            for which, text in split(documents()):
-                ids = [tokenizer.end] if text is None else tokenizer.encode(text)
-                file.write(np.asarray(ids, dtype).tobytes())
-                count[:, which] += len(ids), len((text or "").encode())
-                if time.time() > shown + 2:
-                    shown = time.time()
-                    print(f"tokenizing: {count[1].sum() / 1e6:.0f} MB")
-            file.seek(0)
-            file.write(count.tobytes() + hashlib.sha256("".join(d for d, _, _ in documents()).encode()).digest())
-    else:
-        sys.exit(f"{path} was written, but cannot be read again.")
-    bits = [n / max(b, 1) / math.log(2) for n, b in zip((n_train, n_val), n_bytes, strict=True)]
-    return tokenizer, tokens[:n_train], tokens[n_train:], bits, header[4:]
+    try:
+        return tokenizer, *read_tokens(path, tokenizer)
+    except (OSError, ValueError):  # not there, or damaged
+        write_tokens(path, documents(), tokenizer)
+        return tokenizer, *read_tokens(path, tokenizer)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
