@@ -173,6 +173,8 @@ AUTHORS = {
         0.24588, 0.02208472, 0.02042286, 0.009651888, 0.00909944, 0.009840696, 0.1371004, 0.142123, 0.0193376,
         0.1079473, 0.1248026, 0.01584564, 0.02566527, 0.01603233, 0.0093324, 0.01412885, 0.02016306, 0.1405931,
         0.141401, 0.01719333, 0.133662, 0.07476763, 0.01791066, 0.2363222, 0.1291049, 0.2814302, 0.1304558])}
+THEIRS = {A: MoEUTConfig(vocab_size=11, block_size=32, n_layer=4, group_size=2, n_embd=12, n_head=2, head_size=8,
+                         n_expert=5, expert_size=6, top_k=2, n_att_expert=A, att_top_k=min(A, 2)) for A in AUTHORS}
 
 
 def authors_weights(A, training_code=False):
@@ -197,14 +199,9 @@ def authors_weights(A, training_code=False):
     return weights | statistics if training_code else weights
 
 
-def authors_config(A):
-    return MoEUTConfig(vocab_size=11, block_size=32, n_layer=4, group_size=2, n_embd=12, n_head=2, head_size=8,
-                       n_expert=5, expert_size=6, top_k=2, n_att_expert=A, att_top_k=min(A, 2))
-
-
 @pytest.mark.parametrize("A, training_code", [(3, False), (1, False), (3, True)])
 def test_numbers_of_the_authors(A, training_code):
-    model = moeut.from_authors(authors_weights(A, training_code), authors_config(A))
+    model = moeut.from_authors(authors_weights(A, training_code), THEIRS[A])
     idx, targets = (torch.arange(14) * 7 % 11).view(2, 7), (torch.arange(14) * 5 % 11).view(2, 7)
     out, (cross_entropy, reg, logits, norms) = model(idx, targets), AUTHORS[A]
     assert out.cross_entropy.item() == pytest.approx(cross_entropy, abs=1e-5)
@@ -240,25 +237,20 @@ def test_macs_are_those_that_torch_counts(changes):
 
     formulas = {torch.ops.moeut.cvmm: lambda x, w, gate, slot, *_, **__: 2 * slot[0] * w[1] * w[2]}
     c = tiny(**changes)
-    c = replace(c, att_top_k=4) if c.n_att_expert == 4 else c  # all are multiplied
-    model, idx = MoEUT(c), tokens(2, 16)
     with FlopCounterMode(display=False, custom_mapping=formulas) as forward, sdpa_kernel(SDPBackend.MATH):
-        model(idx)
+        MoEUT(c)(tokens(2, 16))
+    c = replace(c, att_top_k=4) if c.n_att_expert == 4 else c  # a CPU multiplies by all of so few
     assert forward.get_total_flops() == 2 * 32 * (c.macs_per_token() + c.n_embd * c.vocab_size)
 
 
 @pytest.mark.parametrize("kind", [dict(), DENSE], ids=["moe", "dense"])
 def test_initialisation(kind):
-    c = MoEUTConfig(n_layer=6, group_size=2, n_embd=256, n_head=4, head_size=32, n_expert=16, expert_size=64, top_k=2,
-                    n_att_expert=8, att_top_k=2, ffn_size=384, **kind)
+    c = MoEUTConfig(n_layer=6, n_embd=256, n_expert=16, expert_size=64, n_att_expert=8, ffn_size=384, **kind)
     a, head = math.sqrt(2 / 6), 1 / 16 / math.sqrt(3)  # 6 applications, although there are 2 layers
-    expected = {
-        "embedding.weight": 1 / 16, "lm_head.weight": head, "lm_head.bias": head, "attention.w_qk": a / 16,
-        "attention.router.w": a / 16, "attention.w_v": a / 16, "attention.w_o": a / math.sqrt(4 * 32),
-        "ffn.router.w": a / 16, "ffn.w_up": a / 16, "ffn.w_down": a / math.sqrt(384 if kind else 16 * 64),
-        "ffn.b_up": 0, "ffn.b_down": 0}
-    for name, p in MoEUT(c).named_parameters():
-        mean, std = (float("weight" in name), 0) if "ln" in name else (0, expected[re.sub(r"layers\.\d\.", "", name)])
+    others = {"embedding.weight": 1 / 16, "lm_head.weight": head, "lm_head.bias": head, "b_up": 0, "b_down": 0,
+              "w_o": a / math.sqrt(4 * 16), "w_down": a / math.sqrt(384 if kind else 16 * 64)}
+    for name, p in MoEUT(c).named_parameters():  # most have 256 inputs
+        mean, std = (float("weight" in name), 0) if "ln" in name else (0, others.get(name.split("n.")[-1], a / 16))
         assert p.std().item() == pytest.approx(std, rel=0.05 if p.numel() > 1000 else 0.2), name
         assert abs(p.mean().item() - mean) <= 5 * std / math.sqrt(p.numel()), name
 
@@ -384,34 +376,24 @@ def test_bytes_saved_for_backward(compiled):
 def test_routing_is_in_float32_under_autocast_and_in_float64_in_such_a_model():
     """The cut is between numbers that bfloat16 cannot tell apart."""
     router, n = Router(tiny(), 6, 1), torch.ones(1, 1, 20)
-    router.w.data = torch.full((6, 20), 1.0)
+    router.w.data.fill_(1)
     router.w.data[4, 7] += 1e-3
     with torch.autocast("cpu", torch.bfloat16):
         gate, expert, usage = router(n.bfloat16())
     assert expert.item() == 4 and gate.dtype == usage.dtype == torch.float32
-    router.double().w.data[2] = router.w.data[4]
-    router.w.data[2, 3] += 1e-9
-    assert router(n.double())[1].item() == 2
+    assert router.double()(n.double())[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize("length, n", [(1, 15), (16, 1), (3, 25), (30, 12)])
 def test_generate(length, n):
-    """Temperature 0, top_k 1, tiny top_p: the likeliest token. A full context loses its older half. Seeds count."""
+    """The likeliest tokens, as without a cache, of the newest 16. A full context loses its older half."""
     model, idx = make().eval(), tokens(3, length)
-
-    def generate(idx, seed=0, **options):
-        rng = torch.Generator().manual_seed(seed)
-        return torch.stack(list(model.generate(idx, n, generator=rng, **options)), dim=1)
-
-    context = idx[:, -16:]
-    for i, token in enumerate(new := generate(idx, temperature=0).T):  # without a cache
+    new, context = list(model.generate(idx, n, temperature=0)), idx[:, -16:]
+    for i, token in enumerate(new):
         context = context[:, -8:] if i and context.shape[1] > 16 else context
         assert torch.equal(token, model(context).logits[:, -1].argmax(-1))
         context = torch.cat((context, token[:, None]), dim=1)
-    assert len(new) == n and (len(new.unique()) > 2 or n == 1)  # a model that repeats itself would prove little
-    assert torch.equal(new.T, generate(idx, top_k=1)) and torch.equal(new.T, generate(idx, top_p=1e-6))
-    assert torch.equal(new.T[1:2], generate(idx[1:2], temperature=0))
-    assert torch.equal(generate(idx), generate(idx)) and not torch.equal(generate(idx), generate(idx, seed=1))
+    assert len(new) == n and (len(torch.stack(new).unique()) > 2 or n == 1)  # one that repeats itself proves little
 
 
 @pytest.mark.parametrize("options, expected", [
@@ -430,29 +412,27 @@ def test_sampling_distribution(options, expected):
 
 
 @pytest.mark.parametrize("named, call", [
-    *((f.name, lambda m, c={f.name: bad}: tiny(**c)) for f in fields(MoEUTConfig) if f.type is int for bad in (0, 2.0)),
     *((name, lambda m, c={name: bad}: tiny(**c)) for name, bad in (
-        ("n_layer", 5), ("top_k", 17), ("att_top_k", 6), ("ffn", "sparse"), ("attention", "linear"), ("head_size", 3),
-        ("layernorm", "none"), ("dropout", 1.0), ("dropout", -0.1), ("expert_dropout", 1.0), ("ffn_reg", math.nan),
-        ("att_reg", math.inf), ("ffn_reg", "much"), ("n_head", True))),
-    ("n_layer", lambda m: tiny(group_size=5)), ("layernorm", lambda m: tiny(ffn="dense")),
-    ("n_att_expert", lambda m: tiny(n_att_expert=2**14)), ("'huge'", lambda m: preset("huge")),
+        *itertools.product([f.name for f in fields(MoEUTConfig) if f.type is int], (0, 2.0)), ("n_layer", 5),
+        ("top_k", 17), ("att_top_k", 6), ("n_att_expert", 2**14), ("n_head", True), ("head_size", 3), ("ffn", "sparse"),
+        ("attention", "linear"), ("layernorm", "none"), ("dropout", 1.0), ("dropout", -0.1), ("expert_dropout", 1.0),
+        ("ffn_reg", math.nan), ("ffn_reg", "much"), ("att_reg", math.inf))),
+    ("layernorm", lambda m: tiny(ffn="dense")), ("'huge'", lambda m: preset("huge")),
     *(("shape", lambda m, s=shape: m(tokens(*s))) for shape in ((16,), (2, 0), (0, 4))),
     *(("shape", lambda m, s=shape: m(tokens(2, 8), tokens(*s))) for shape in ((8, 2), (16,), (2, 7))),
     *(("shape", lambda m, s=shape: m.generate(tokens(*s), 1)) for shape in ((16,), (2, 0), (0, 4))),
     *((name, lambda m, c={name: bad}: m.generate(tokens(1, 4), 1, **c)) for name, bad in (
         ("temperature", -1), ("temperature", math.nan), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5))),
-    ("layers.2", lambda m: moeut.from_authors(authors_weights(3), replace(authors_config(3), group_size=4))),
+    ("layers.2", lambda m: moeut.from_authors(authors_weights(3), replace(THEIRS[3], group_size=4))),
     *((named, lambda m, name=f"transformer.layers.{name}": moeut.from_authors(
-        authors_weights(3) | {name: torch.zeros(8, 12)}, authors_config(3))) for named, name in (
+        authors_weights(3) | {name: torch.zeros(8, 12)}, THEIRS[3])) for named, name in (
             ("extra", "extra"), ("ffn.w_up", "0.ffn.keys"), ("attention.w_qk", "1.attention.q.weight")))])
 def test_what_does_not_fit_the_model(named, call):
     with pytest.raises(ValueError, match=named):
         call(MoEUT(tiny()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Experts and routing: cvmm against its definition. The Triton kernels run in Triton's interpreter where there is no GPU
+# Experts and routing: cvmm against its definition, the kernels in Triton's interpreter where there is no GPU ----------
 
 
 @pytest.fixture(params=["PyTorch", pytest.param("Triton", marks=needs_triton)])
@@ -466,7 +446,7 @@ def output_and_grads(f, inputs):
     inputs = [t.detach().requires_grad_() for t in inputs]
     out = f(*inputs)
     dout = torch.randn(out.shape[::-1], generator=torch.Generator().manual_seed(1)).T.to(out)
-    return [t.float() for t in (out.detach(), *torch.autograd.grad(out, inputs, dout))]
+    return [t.float() for t in (out.detach(), *torch.autograd.grad(out, inputs, dout, materialize_grads=True))]
 
 
 CHOICES = {  # of one of n experts, for m slots
@@ -491,7 +471,7 @@ def case(fans, choice="random", n_token=11, n_in=19, n_out=23, n_expert=7, gated
     def definition(x, w, gate=None):
         order = expert.argsort(stable=True)  # rows in the order of experts
         x = x if fan_in else x[order.argsort()]
-        out = cvmm.definition(x, w, expert, fan_in or 1, fan_out or 1, gate)
+        out = cvmm.definition(x, w, expert, fan_in or 1, fan_out or 1, gate) + 0 * x.sum()  # depends on x without slots
         return out if fan_out else out[order]
 
     return ours, definition, inputs
@@ -500,15 +480,16 @@ def case(fans, choice="random", n_token=11, n_in=19, n_out=23, n_expert=7, gated
 @pytest.mark.parametrize("fans, what", [
     *itertools.product(FANS.values(), [dict(gated=False), *(dict(choice=choice) for choice in CHOICES)]),
     *(((2, 6), what) for what in (
-        dict(n_token=1), dict(n_in=1, n_out=1, n_expert=1), dict(n_token=30, n_in=48, n_out=16, n_expert=12),
+        dict(n_token=0), dict(n_token=1), dict(n_in=1, n_out=1, n_expert=1),
+        dict(n_token=30, n_in=48, n_out=16, n_expert=12),
         dict(n_token=60, n_in=150, n_out=64, n_expert=3), dict(n_token=30, n_in=16, n_out=150, n_expert=2),
         dict(n_token=4, n_expert=257, dtype=torch.uint8), dict(n_token=4, n_expert=129, dtype=torch.int8),
         dict(dtype=torch.int32), dict(view=lambda t: t.mT.contiguous().mT),
         dict(view=lambda t: F.pad(t, (3, 2))[..., 3:-2]), dict(view=lambda t: t.repeat_interleave(2, -1)[..., ::2]),
         dict(n_in=16, n_out=32, view=lambda t: t.mT.contiguous().mT)))])
 def test_cvmm(path, fans, what):
-    """Output and every gradient; and two runs are equal bit for bit. One token, one expert, several tiles and blocks;
-    more experts than their integers can count; numbers of a row that are not side by side."""
+    """Output and every gradient; and two runs are equal bit for bit. No token or one, one expert, several tiles, more
+    experts than their integers can count, numbers of a row that are not side by side."""
     ours, definition, inputs = case(fans, **what)
     got = output_and_grads(ours, inputs)
     close(got, output_and_grads(definition, inputs))
@@ -528,8 +509,7 @@ def test_half_precision(path, dtype, tolerance, fans, monkeypatch):
     """Autocast, forward and backward, changes nothing inside: the numbers are those of a model of that precision. But
     slots, and the gradients of repeats, add up in float32: few bits could not count them."""
     ours, definition, (x, w, gate) = case(fans, "one", n_token=4, n_in=5, n_out=4, n_expert=2)
-    half = output_and_grads(ours, (x.to(dtype), w.to(dtype), gate))
-    inside = []
+    half, inside = output_and_grads(ours, (x.to(dtype), w.to(dtype), gate)), []
     for name, f in (("launch", cvmm.launch), ("experts", cvmm.experts)):  # on a GPU, sums would have another type
         monkeypatch.setattr(
             cvmm, name, lambda *a, f=f, **k: inside.append(torch.is_autocast_enabled(DEVICE)) or f(*a, **k))
@@ -555,34 +535,25 @@ def test_bad_numbers_stay_with_their_token_and_expert(path):
         assert not dw[5].isfinite().any() and dw[[0, 1, 2, 3, 4, 6]].isfinite().all()
 
 
-def test_no_slots(path):
-    none = cvmm.route(torch.zeros(0, device=DEVICE).long(), 7)
-    x, w = torch.randn(0, 4, device=DEVICE), torch.randn(7, 4, 3, device=DEVICE)
-    out, dx, dw = output_and_grads(lambda x, w: cvmm.cvmm(x, w, none, 2), (x, w))
-    assert out.shape == (0, 3) and dx.shape == (0, 4) and dw.shape == (7, 4, 3) and not dw.any()
-
-
 @pytest.mark.parametrize("n_slot", [12, 24], ids=["few", "sorted"])
+@torch.no_grad()
 def test_what_does_not_fit_cvmm(n_slot):
     """Sizes, fans, devices; 65536 would be expert 0 in 16 bits, and -1 the last one in Python."""
     expert, gate = torch.randint(5, (n_slot,)), torch.rand(n_slot)
     x, w = torch.randn(n_slot // 3, 4), torch.randn(5, 4, 3)
-    with torch.no_grad():
-        good = dict(x=x, w=w, routing=cvmm.route(expert, 5), fan_in=3, gate=gate)
-        cvmm.cvmm(**good)
-        for bad in (
-            dict(fan_in=None), dict(fan_in=4), dict(fan_in=0), dict(fan_out=0), dict(fan_out=5), dict(x=x[1:]),
-            dict(x=x[:, 1:]), dict(w=w[1:]), dict(gate=gate[1:]), dict(gate=gate.to("meta")), dict(w=w.to("meta"))):
-            with pytest.raises(ValueError, match="do not fit"):
-                cvmm.cvmm(**good | bad)
-        for bad in (-1, 5, 2**16, 2**40):
-            with pytest.raises(ValueError, match="not one of the 5"):
-                cvmm.cvmm(x, w, cvmm.route(expert.index_fill(0, torch.tensor(3), bad), 5), 3)
-        for bad in (0, 2**15):
-            with pytest.raises(ValueError, match="n_expert"):
-                cvmm.route(expert, bad)
-        with pytest.raises(TypeError, match="integers"):
-            cvmm.route(expert.float(), 5)
+    good = dict(x=x, w=w, routing=cvmm.route(expert, 5), fan_in=3, gate=gate)
+    cvmm.cvmm(**good)
+    for bad in (dict(fan_in=None), dict(fan_in=4), dict(fan_in=0), dict(fan_out=0), dict(fan_out=5), dict(x=x[1:]),
+                dict(x=x[:, 1:]), dict(w=w[1:]), dict(gate=gate[1:]), dict(gate=gate.to("meta")), dict(w=w.to("meta"))):
+        with pytest.raises(ValueError, match="do not fit"):
+            cvmm.cvmm(**good | bad)
+    for bad in (-1, 5, 2**16, 2**40):
+        with pytest.raises(ValueError, match="not one of the 5"):
+            cvmm.cvmm(x, w, cvmm.route(expert.index_fill(0, torch.tensor(3), bad), 5), 3)
+    for error, sentence, bad in ((ValueError, "n_expert", (expert, 0)), (ValueError, "n_expert", (expert, 2**15)),
+                                 (TypeError, "integers", (expert.float(), 5))):
+        with pytest.raises(error, match=sentence):
+            cvmm.route(*bad)
 
 
 @pytest.mark.parametrize("gated, dtype, fans", [
@@ -630,7 +601,6 @@ def test_offsets_beyond_32_bits(monkeypatch):
     close(ours, output_and_grads(lambda x, w: cvmm.definition(x, w, expert, 2), (x.float(), w.float())), 2e-3)
 
 
-@needs_triton
 def test_number_formats():
     """float64 is refused; float32 follows torch's switch for TF32."""
     for precision in ("tf32", "ieee"):  # which is also the default
@@ -643,17 +613,15 @@ def test_number_formats():
 def launches(size, n, dtype):
     """(what for, kernel, arguments) of all launches of a training step through one layer, on n tokens. The tensors are
     on the meta device: they have sizes only, and nothing runs or could wait for a result."""
-    c = preset(f"moeut-{size}")
+    c, found = preset(f"moeut-{size}"), []
     C, F_, E, K, H, D, A = c.n_embd, c.expert_size, c.n_expert, c.top_k, c.n_head, c.head_size, c.n_att_expert
-    found = []
-    uses = {"up": ((n, C), (E, C, F_), n * K, K, None, False), "down": ((n * K, F_), (E, F_, C), n * K, None, K, True),
-            "values": ((n, C), (H * A, C, D), n * H * 2, H * 2, 2, True),
-            "outputs": ((n * H, D), (H * A, D, C), n * H * 2, 2, H * 2, True)}
+    uses = {"up": (n * K, (E, C, F_), K, None), "down": (n * K, (E, F_, C), None, K),
+            "values": (n * H * 2, (H * A, C, D), H * 2, 2), "outputs": (n * H * 2, (H * A, D, C), 2, H * 2)}
     with torch.device("meta"), mock.patch.multiple(
             cvmm, force="Triton", launch=lambda kernel, programs, **arguments: found.append((kernel, arguments))):
-        for x, w, m, fan_in, fan_out, gated in uses.values():
-            x, w, gate = torch.empty(x, dtype=dtype), torch.empty(w, dtype=dtype), torch.empty(m) if gated else None
-            r = cvmm.route(torch.empty(m, dtype=torch.long), len(w))
+        for m, w, fan_in, fan_out in uses.values():
+            x, w = torch.empty(m // (fan_in or 1), w[1], dtype=dtype), torch.empty(w, dtype=dtype)
+            gate, r = torch.empty(m) if fan_out else None, cvmm.route(torch.empty(m, dtype=torch.long), len(w))
             y = cvmm.triton_forward(x, w, gate, r, fan_in, fan_out)
             cvmm.triton_backward(y, x, w, gate, r, fan_in, fan_out)
     names = [f"{use} {part}" for use in uses for part in ("forward", "dx", "dw")]
@@ -941,20 +909,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(failure, run, done, monkeypatch):
 
 
 def test_steps_that_are_not_finite(run, done, monkeypatch):
-    """They change nothing and are never saved. Ten in a row end the run; more do not, if they are apart."""
-    before = Path("out/last.pt").read_bytes()
-    for interval, sentence in ((3, "The loss is not a number at step 9"), (100, "The gradient was not finite in ten")):
-        with pytest.raises(SystemExit, match=f"^{sentence}.*smaller --lr.*$"):
-            run(train, "--resume", "--steps=600", "--lr=5000", f"--eval_interval={interval}")
-        assert Path("out/last.pt").read_bytes() == before
-    last = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["skipped"] == 9 and last["loss"] is None
+    """They change nothing, and a run goes on if they are apart. Ten in a row end it: see the bad input."""
     norms, seen = itertools.cycle(torch.tensor([math.nan, 1.0])), []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: (
         seen.append([*parameters][-1].tolist()), next(norms))[1])
     run(train, "--resume", "--steps=30")
     assert [a != b for a, b in itertools.pairwise(seen)] == [False, True] * 11 + [False]
     assert list(logged("out", "skipped").values()) == [1] * 12 and math.isfinite(logged("out", "val_loss")[30])
+    assert list(logged("out", "grad").values())[6:] == [None, 1] * 12
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs process groups")
@@ -993,15 +955,13 @@ def test_how_a_step_is_divided_changes_nothing(run):
 
 
 def test_help_compare_and_bench(run):
-    """Mean and range over the seeds; a changed model or recipe stands apart; other conditions forbid to compare."""
-    for name, option in zip("abcde", ("--seed=1", "--seed=2", "--lr=2e-3", "--top_k=1", "--steps=9"), strict=True):
+    """Mean and range over the seeds; a changed model or recipe stands apart."""
+    for name, option in zip("abcd", ("--seed=1", "--seed=2", "--lr=2e-3", "--top_k=1"), strict=True):
         run(train, *SMALL, option, f"--out={name}")
     lines = run(bench, "--compare", *"abcd").out.splitlines()
     (two,) = [line.split()[-7:] for line in lines if line.startswith("tiny") and not re.search("top_k=1|lr=", line)]
     bits = [logged(name, "val_bits_per_byte")[6] for name in ("a", "b")]
     assert [float(x) for x in (two[0], *two[2:5])] == pytest.approx([2, sum(bits) / 2, *sorted(bits)], abs=1e-4)
-    with pytest.raises(SystemExit, match="^These cannot be compared: step is 6 in a and 9 in e.$"):
-        run(bench, "--compare", "a", "e")
     table = run(bench, "--preset=tiny", "--batch_size=1").out
     assert len(re.findall(r"^.+[\d,.]+ +[\d,.]+ +\d+\.\d\d$", table, re.MULTILINE)) == 4
     for script in (train, sample, bench):
@@ -1112,8 +1072,8 @@ def test_weights_of_the_authors(run, monkeypatch):
         encode=lambda self, text: [self.index(c) for c in text.replace(" ", "\u2581")], eos_id=lambda self: 0))(names)
     package = SimpleNamespace(SentencePieceProcessor=lambda model_proto: pieces)
     monkeypatch.setitem(sys.modules, "sentencepiece", package)
-    monkeypatch.setitem(moeut.PRESETS, "theirs", asdict(authors_config(3)))
-    model, training = moeut.from_authors(authors_weights(3), authors_config(3)).eval(), authors_weights(3, True)
+    monkeypatch.setitem(moeut.PRESETS, "theirs", asdict(THEIRS[3]))
+    model, training = moeut.from_authors(authors_weights(3), THEIRS[3]).eval(), authors_weights(3, True)
     Path("words.model").touch()
     tokens = itertools.takewhile(bool, map(int, model.generate(torch.tensor([[3, 7, 1, 4]]), 20, temperature=0)))
     spelled = [b"", b" ", *(bytes([c]) for c in b"abcdefg"), b"\xc3", b"\xa9"]
@@ -1139,8 +1099,10 @@ BAD = [  # what is run, and what is added: the sentence contains the name of the
     ([train], """
         --resume → 6 steps | --resume --out=nowhere → nowhere | --resume --out=half.pt → half.pt | --resume --seed=3 |
         --resume --out=other.pt → other.pt | --resume --steps=9 --data=few.txt → not what it was |
+        --resume --steps=600 --lr=5000 --eval_interval=3 → not a number at step 9:.*smaller --lr |
+        --resume --steps=600 --lr=5000 --eval_interval=99 → not finite in ten steps in a row, up to 17:.*smaller --lr |
         --resume --n_layer=4 | --resume --steps=9 --out=foreign.pt → foreign.pt | --init_from=nowhere → nowhere"""),
-    ([bench], "--preset=dense-tiny → dense-tiny | --compare out text.txt → text.txt"),
+    ([bench], "--preset=dense-tiny → dense | --compare out text.txt → text.txt | --compare out foreign.pt → step is 6"),
     ([sample], """
         --top_k=few | --n_samples=0 | --temperature=-1 → temperature is -1 | --top_p=1.1 | --prompt= | --tokenizer=x |
         --out=half.pt → half.pt | --prompt_file=missing.txt → missing.txt | --prompt_file=empty.txt → empty.txt |
@@ -1154,7 +1116,7 @@ def test_bad_input(start, case, run, done, monkeypatch):
     for name, content in dict(empty=b"", latin=b"na\xefve " * 99, few=b"few words " * 99).items():
         Path(f"{name}.txt").write_bytes(content)
     Path("half.pt").write_bytes(whole[: len(whole) // 2])
-    torch.save(load() | {"optimizer": {}}, "foreign.pt")
+    torch.save(load() | {"optimizer": {}, "step": 5}, "foreign.pt")
     torch.save({"config": 1, "model": {}}, "other.pt")
     torch.save({"run_invariants": {"args": {"rope.base": 5e5}}}, "theirs.pt")
     monkeypatch.setitem(sys.modules, "wandb", None)
