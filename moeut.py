@@ -28,8 +28,9 @@ Letters in the shape comments, code name and meaning:
     F  expert_size   hidden units of an expert          P               rotated dimensions of a head
     A  n_att_expert  experts per head                   J  att_top_k    ... chosen per token and head
 
-x [B, T, C] is what attention and feedforward transform, n [B, T, C] what their routers, queries and keys read. With
-peri-layernorm n is LN(x), without it x. Both return [B, T, C] and the usage of their experts, None if they have none.
+Attention and feedforward transform x, and their routers, queries and keys read n, both [B, T, C]. Of the residual
+stream s they get x, n = s, LN(s) with peri-layernorm; LN(s), LN(s) with pre-layernorm; s, s with post-layernorm. They
+return [B, T, C], and the usage of their experts, None if they have none.
 """
 
 import math
@@ -43,9 +44,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# cvmm multiplies rows by the matrices of their chosen experts only. Each choice is a slot, and `route` sorts slots by
-# expert. An input row is read by fan_in slots; fan_out slots, times their gates, add up to an output row. Without
-# fan_in the input has a row for each slot, sorted; without fan_out the output has. See the picture in cvmm.py.
+# cvmm multiplies rows by the matrices of their chosen experts only. A slot is one choice by one token; for each slot s
+#     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]
+# `route` sorts slots by expert. Without fan_in, x has a row for each slot, in that order; without fan_out, out has.
 from cvmm import cvmm, route
 
 
@@ -235,7 +236,7 @@ class SwitchHead(nn.Module):
         (B, T, _), (_, H, A), J = x.shape, self.router.shape, self.router.top_k
         gate, expert, usage = self.router(n)                                # [B, T, 2, H, J] both, [B, 2, H, A]
         qk = F.linear(n, self.w_qk).unflatten(-1, (2, H, -1))                            # [B, T, 2, H, D]
-        if A <= 4 and x.device.type == "cpu":  # the same with all experts, those not chosen with gate 0: a tenth faster
+        if A <= 4 and x.device.type == "cpu":  # all experts, with gate 0 if not chosen: a step takes a tenth less time
             gates = gate.new_zeros(B, T, 2, H, A).scatter(-1, expert, gate).to(x.dtype)
             gate_v, gate_o = gates.unsqueeze(-1).unbind(2)                               # [B, T, H, A, 1] both
             w_v = self.w_v.transpose(0, 1).flatten(1)                                    # [C, H * A * D]

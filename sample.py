@@ -102,18 +102,18 @@ def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
     """The text once per layer application, every token with the feedforward expert that has its largest gate; and how
     evenly and how constantly all experts are used."""
     routers = {name: m for name, m in model.named_modules() if isinstance(m, Router)}
-    chosen = {name: [] for name in routers}  # (gate, expert) of each repeat, without the batch
     if not routers:
         sys.exit("This model has no experts.")
+    calls = []  # (name, gate, expert) of the routers as they were called, without the batch
     for name, router in routers.items():
-        router.register_forward_hook(lambda _, __, out, name=name: chosen[name].append((out[0][0], out[1][0])))
+        router.register_forward_hook(lambda _, __, out, name=name: calls.append((name, out[0][0], out[1][0])))
     model(idx)
     words = [tokenizer.tokens.get(i, b"").decode(errors="replace") for i in idx[0].tolist()]
-    L, G = model.config.n_layer, model.config.group_size
-    for i in range(L if model.config.ffn == "moe" else 0):
-        gate, expert = chosen[f"layers.{i % G}.ffn.router"][i // G]              # [T, K] both
+    feedforward = [call for call in calls if "ffn" in call[0]]
+    for i, (name, gate, expert) in enumerate(feedforward, 1):                    # [T, K] both
         best = expert.gather(1, gate.argmax(1, keepdim=True)).flatten().tolist()
-        print(f"\nlayer {i % G + 1} of {G}, application {i + 1} of {L}")
+        layer = int(name.split(".")[1]) + 1
+        print(f"\nlayer {layer} of {len(model.layers)}, application {i} of {len(feedforward)}")
         for word, e in zip(words, best, strict=True):
             mark = f"\x1b[48;5;{17 + e * 89 % 214}m{word}\x1b[0m" if sys.stdout.isatty() else f"{word}[{e}]"
             print(mark.replace("\n", "\\n\n"), end="")
@@ -121,7 +121,8 @@ def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
     print(f"\n{'experts of':32} {'used':>6} {'evenness':>9} {'kept from repeat to repeat':>27}")
     for name, router in routers.items():
         n = router.shape[-1]
-        expert = torch.stack([e.view(len(e), -1, router.top_k) for _, e in chosen[name]])     # [R, T, choices, K]
+        repeats = torch.stack([expert for called, _, expert in calls if called == name])
+        expert = repeats.view(len(repeats), len(words), -1, router.top_k)        # [R, T, choices, K]
         counts = F.one_hot(expert, n).sum((1, 3))                                # [R, choices, n]
         p = counts.sum(0) / counts.sum((0, 2))[:, None]                          # [choices, n]
         evenness = (torch.special.entr(p).sum(-1) / math.log(n)).mean()
