@@ -118,7 +118,7 @@ def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
             mark = f"\x1b[48;5;{17 + e * 89 % 214}m{word}\x1b[0m" if sys.stdout.isatty() else f"{word}[{e}]"
             print(mark.replace("\n", "\\n\n"), end="")
         print()
-    print(f"\n{'experts of':32} {'used':>6} {'evenness':>9} {'kept from repeat to repeat':>27}")
+    print(f"\n{'experts of':32} {'used':>6} {'entropy / log E':>16} {'kept from repeat to repeat':>27}")
     for name, router in routers.items():
         n = router.shape[-1]
         repeats = torch.stack([expert for called, _, expert in calls if called == name])
@@ -127,7 +127,7 @@ def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
         p = counts.sum(0) / counts.sum((0, 2))[:, None]                          # [choices, n]
         evenness = (torch.special.entr(p).sum(-1) / math.log(n)).mean()
         same = (expert[1:, ..., None] == expert[:-1, ..., None, :]).any(-1).float().mean()
-        print(f"{name:32} {(p > 0).float().mean():6.0%} {evenness:9.2f} {same:27.0%}")
+        print(f"{name:32} {(p > 0).float().mean():6.0%} {evenness:16.2f} {same:27.0%}")
 
 
 def log_likelihoods(model: MoEUT, pairs: list, batch_tokens: int = 8192) -> list[tuple[float, bool]]:
