@@ -415,20 +415,22 @@ PRESETS = {
     "dense-small": dict(
         TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, head_size=32, ffn_size=1024, block_size=256),
 }
-# The sizes of the paper: MoEUT, and the Transformer with as many parameters
-for size, C, (L, G, H, D, E, K, A), (dense_L, dense_H, dense_D, hidden) in (
+PAPER_SIZES = (  # name, C; MoEUT: L, G, H, D, E, K, A; the Transformer with as many parameters: L, H, D, ffn_size
     ("44M", 412, (16, 2, 4, 82, 155, 12, 8), (16, 10, 41, 2053)),
     ("126M", 768, (18, 2, 4, 96, 254, 12, 10), (16, 16, 48, 3072)),
     ("244M", 1024, (18, 2, 4, 128, 387, 16, 10), (18, 16, 64, 4110)),
     ("318M", 1024, (24, 3, 4, 128, 338, 16, 10), (24, 16, 64, 4110)),
     ("727M", 1280, (36, 4, 5, 128, 467, 20, 13), (36, 20, 64, 5120)),
     ("1B", 1536, (36, 4, 6, 128, 565, 24, 12), (36, 24, 64, 6144)),
-):
-    paper = dict(vocab_size=8000, block_size=1024, n_embd=C)
-    PRESETS[f"moeut-{size}"] = dict(
-        paper, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E, top_k=K, n_att_expert=A, att_top_k=2)
-    PRESETS[f"dense-{size}"] = dict(
-        paper, **TRANSFORMER, n_layer=dense_L, group_size=dense_L, n_head=dense_H, head_size=dense_D, ffn_size=hidden)
+)
+PRESETS |= {
+    f"moeut-{size}": dict(vocab_size=8000, block_size=1024, n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D,
+                          n_expert=E, top_k=K, n_att_expert=A, att_top_k=2)
+    for size, C, (L, G, H, D, E, K, A), _ in PAPER_SIZES}
+PRESETS |= {
+    f"dense-{size}": dict(TRANSFORMER, vocab_size=8000, block_size=1024, n_embd=C, n_layer=L, group_size=L, n_head=H,
+                          head_size=D, ffn_size=ffn_size)
+    for size, C, _, (L, H, D, ffn_size) in PAPER_SIZES}
 
 
 def preset(name: str, **changes) -> MoEUTConfig:
