@@ -41,12 +41,11 @@ def make_spec(name: str, texts, vocab_size: int) -> dict:
 
 
 class Tokenizer:
-    """encode and decode; `end` is the token that closes a document, and dtype the integers that tokens are kept in."""
+    """encode and decode; `end` is the token that closes a document."""
 
     def __init__(self, spec: dict):
         encoding = tiktoken.Encoding(**spec)
         self.spec, self.name, self.end, self.n_vocab = spec, encoding.name, encoding.eot_token, encoding.n_vocab
-        self.dtype = np.uint16 if self.n_vocab <= 1 << 16 else np.uint32
         self.tokens = {i: token for token, i in spec["mergeable_ranks"].items()}
         self.encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())  # text -> ids
 
@@ -145,14 +144,14 @@ def aside(path: Path):
         part.unlink(missing_ok=True)
 
 
-def write_tokens(path: Path, documents, tokenizer: Tokenizer):
+def write_tokens(path: Path, documents, tokenizer: Tokenizer, dtype):
     """A header of 64 bytes: the tokens of both parts, the bytes of both, the hash of the text. Then the tokens."""
     count, shown = np.zeros((2, 2), np.int64), time.time()
     with aside(path) as file:
         file.write(bytes(64))
         for part, text in split(documents):
             ids = [tokenizer.end] if text is None else tokenizer.encode(text)
-            file.write(np.asarray(ids, tokenizer.dtype).tobytes())
+            file.write(np.asarray(ids, dtype).tobytes())
             count[:, part] += len(ids), len((text or "").encode())
             if time.time() > shown + 2:
                 shown = time.time()
@@ -161,10 +160,10 @@ def write_tokens(path: Path, documents, tokenizer: Tokenizer):
         file.write(count.tobytes() + hashlib.sha256("".join(d for d, _, _ in documents).encode()).digest())
 
 
-def read_tokens(path: Path, tokenizer: Tokenizer):
+def read_tokens(path: Path, dtype):
     """The tokens of both parts; bits per byte for a nat per token, of both; the hash. Raises OSError or ValueError."""
     n_train, n_val, *n_bytes_and_hash = np.fromfile(path, np.int64, 8).tolist()
-    tokens = np.memmap(path, tokenizer.dtype, "r", 64, (n_train + n_val,))
+    tokens = np.memmap(path, dtype, "r", 64, (n_train + n_val,))
     bits = [n / max(b, 1) / math.log(2) for n, b in zip((n_train, n_val), n_bytes_and_hash[:2], strict=True)]
     return tokens[:n_train], tokens[n_train:], bits, n_bytes_and_hash[2:]
 
@@ -177,14 +176,15 @@ def load_text(patterns, name: str, vocab_size: int, tokenizer: Tokenizer | None)
     if not tokenizer:
         train = (text for part, text in split(documents()) if part == 0 and text) if name == "bpe" else ()
         tokenizer = Tokenizer(make_spec(name, itertools.islice(train, 200), vocab_size))  # of at most 200 MB
+    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     key = repr([tokenizer.spec, [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeut"
     path = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     try:
-        return tokenizer, *read_tokens(path, tokenizer)
+        return tokenizer, *read_tokens(path, dtype)
     except (OSError, ValueError):  # not there, or damaged
-        write_tokens(path, documents(), tokenizer)
-        return tokenizer, *read_tokens(path, tokenizer)
+        write_tokens(path, documents(), tokenizer, dtype)
+    return tokenizer, *read_tokens(path, dtype)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
