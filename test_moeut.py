@@ -386,8 +386,9 @@ def test_routing_is_in_float32_under_autocast_and_in_float64_in_such_a_model():
         gate, expert, usage = router(n.bfloat16())
     assert expert.item() == 4 and gate.dtype == usage.dtype == torch.float32
     router.double().w.data[2] = router.w.data[4]
-    router.w.data[2, 3] += 1e-9
-    assert router(n.double())[1].item() == 2
+    for winner, more in ((2, 1e-9), (4, 2e-9)):  # either: a tie could fall to the right one
+        router.w.data[winner, 3] += more
+        assert router(n.double())[1].item() == winner
 
 
 @pytest.mark.parametrize("length, n", [(1, 15), (16, 1), (3, 25), (30, 12)])
