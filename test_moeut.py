@@ -512,10 +512,11 @@ def test_cvmm(path, fans, what):
 
 
 @pytest.mark.parametrize("fans", FANS.values(), ids=FANS)
+@mock.patch(f"{__name__}.DEVICE", "cpu")
 def test_gradcheck(fans):
     """Finite differences in float64: the one reference that shares nothing with autograd."""
     ours, _, inputs = case(fans, n_token=2, n_in=3, n_out=4, n_expert=3)
-    assert torch.autograd.gradcheck(ours, [t.cpu().double().requires_grad_() for t in inputs])
+    assert torch.autograd.gradcheck(ours, [t.double().requires_grad_() for t in inputs])
 
 
 @pytest.mark.parametrize("dtype, tolerance, fans", [
@@ -956,6 +957,8 @@ def test_how_a_step_is_divided_changes_nothing(run):
         log = open("log" + os.environ["RANK"], "a", 1)
         torch.save = lambda *args, save=torch.save: print("saved", file=log) or save(*args)
         torch.nn.Dropout.forward = lambda self, x: print(torch.initial_seed(), file=log) or x
+        send = torch.distributed.broadcast_object_list  # which takes the first GPU if it is told nothing
+        torch.distributed.broadcast_object_list = lambda objects, device: send(objects, device=device)
         import train
         train.cli(train.main)""")
     torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2 driver.py".split()]

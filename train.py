@@ -297,7 +297,7 @@ def train(given: dict, changes: dict):
     if rank == 0:
         tokenizer, *loaded = load_text(o.data, o.tokenizer, config.vocab_size, tokenizer)
     if world > 1:
-        dist.broadcast_object_list(spec := [tokenizer and tokenizer.spec])
+        dist.broadcast_object_list(spec := [tokenizer and tokenizer.spec], device=device)  # or all take the first GPU
     if rank > 0:
         tokenizer, *loaded = load_text(o.data, o.tokenizer, config.vocab_size, Tokenizer(spec[0]))
     data, val_data, bits, text_hash = loaded
