@@ -174,19 +174,19 @@ class DenseFFN(nn.Module):
         return F.linear(h, self.w_down, self.b_down), None                               # [B, T, C]
 
 
-def rotary_table(head_size: int, start: int, stop: int, device) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, 1, P/2] for positions start..stop-1. Pairs of dimensions of q and k are turned by an angle
+def rotary_table(head_size: int, n: int, device=None) -> Tensor:
+    """cos and sin [2, n, 1, 1, P/2] for positions 0..n-1. Pairs of dimensions of q and k are turned by an angle
     that grows with the position, so that their product depends on the distance only. The first P dimensions of a head
     are rotated: half of them, rounded down to an even number."""
     P = head_size // 4 * 2
     frequency = 10000 ** -(torch.arange(0, P, 2, device=device) / P)                     # [P/2]
-    angle = torch.arange(start, stop, device=device).view(-1, 1, 1, 1) * frequency       # [T, 1, 1, P/2]
-    return angle.cos(), angle.sin()
+    angle = torch.arange(n, device=device).view(-1, 1, 1, 1) * frequency                 # [n, 1, 1, P/2]
+    return torch.stack((angle.cos(), angle.sin()))
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotary positions for x [B, T, *, *, D]; dimension i of the rotated part is paired with i + P/2."""
-    cos, sin = (t.to(x.dtype) for t in rotary)                                           # [T, 1, 1, P/2]
+    cos, sin = rotary.to(x.dtype)                                                        # [T, 1, 1, P/2]
     half = cos.shape[-1]
     a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
@@ -315,6 +315,8 @@ class MoEUT(nn.Module):
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.group_size))
         self.ln = nn.Identity() if c.layernorm == "post" else nn.LayerNorm(c.n_embd)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size)  # with a bias, not tied to the embedding
+        # Not made anew in forward, where torch.compile would compute a cosine for every head and dimension
+        self.register_buffer("rotary", rotary_table(c.head_size, c.block_size), persistent=False)
 
     def new_cache(self) -> list[LayerCache]:
         return [LayerCache() for _ in range(self.config.n_layer)]
@@ -326,7 +328,9 @@ class MoEUT(nn.Module):
             shapes = [tuple(t.shape) for t in (idx, targets) if t is not None]
             raise ValueError(f"idx, targets have shapes {shapes}: they must be [B, T] both, with at least one token.")
         start = cache[0].length if cache else 0
-        rotary = rotary_table(self.config.head_size, start, start + idx.shape[1], idx.device)
+        stop, c = start + idx.shape[1], self.config
+        table = self.rotary if stop <= c.block_size else rotary_table(c.head_size, stop, idx.device)
+        rotary = table[:, start:stop]                                                    # [2, T, 1, 1, P/2]
         usage = [[] for _ in self.layers]  # of each layer's experts, an entry for each repeat
 
         x = self.embedding(idx)                                                          # [B, T, C]

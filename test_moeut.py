@@ -273,7 +273,7 @@ def test_a_dense_layer_is_all_experts_or_equal_ones_with_gates_of_one(A):
         w_v = w_v.view(3, 1, 10, 20).mT.expand(3, A, 20, 10).flatten(0, 1)
         w_o = w_o.T.reshape(3, 1, 10, 20).expand(3, A, 10, 20).flatten(0, 1)
     moe.attention.w_qk.data, moe.attention.w_v.data, moe.attention.w_o.data = dense.attention.w_qk.data, w_v, w_o
-    x, rotary = torch.randn(2, 16, 20).double(), rotary_table(10, 0, 16, None)
+    x, rotary = torch.randn(2, 16, 20).double(), rotary_table(10, 16)
     n = torch.cat((torch.full((2, 16, 1), 1000.0), torch.randn(2, 16, 19)), -1).double()
     close([moe.ffn(x, n)[0], moe.attention(x, n, rotary)[0]], [dense.ffn(x, n)[0], dense.attention(x, n, rotary)[0]])
 

@@ -230,7 +230,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(model.parameters(), o.lr, betas, weight_decay=decay, fused=True)
         self.compiled = o.compile == "yes" or o.compile == "auto" and device.type == "cuda"
         self.run = torch.compile(model) if self.compiled else model
-        self.run = torch.nn.parallel.DistributedDataParallel(self.run) if world > 1 else self.run
+        if world > 1:
+            self.run = torch.nn.parallel.DistributedDataParallel(self.run, broadcast_buffers=False)
 
     def step(self, batches: list, lr: float) -> tuple[float, float, float]:
         """One optimizer step on batches whose gradients add up: cross entropy, regulariser and gradient norm. It is
