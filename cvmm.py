@@ -128,9 +128,9 @@ def check_experts(exist: bool, n_expert: int):
 # The PyTorch path: gather the rows of all experts, one matmul for each expert, add up the slots ----------------------
 
 
-def gather(x: Tensor, r: Routing, fan: int | None) -> Tensor:
+def gather(x: Tensor, slot: Tensor, fan: int | None) -> Tensor:
     """A row for each slot, in the order of experts: [M, width]"""
-    return x if fan is None else x.index_select(0, r.slot // fan)
+    return x if fan is None else x.index_select(0, slot // fan)
 
 
 def scatter(y: Tensor, r: Routing, fan: int | None, gate: Tensor | None) -> Tensor:
@@ -149,37 +149,26 @@ def experts(r: Routing):
     return enumerate(map(slice, ends, ends[1:]))
 
 
-def torch_forward(x, w, gate, r: Routing, fan_in, fan_out):
-    x = gather(x, r, fan_in)                                                     # [M, I]
+def torch_multiply(x, w, gate, other, r: Routing, fan_in, fan_out):
+    x = gather(x, r.slot, fan_in)                                                # [M, I]
     y = x.new_empty(len(x), w.shape[2])                                          # [M, O]
     for e, rows in experts(r):
         torch.mm(x[rows], w[e], out=y[rows])
-    return scatter(y, r, fan_out, gate)                                          # [M / fan_out, O]
+    product = x.new_empty(0 if other is None else len(y), dtype=sum_dtype(x))    # [M]
+    if other is not None:
+        product[r.slot] = (y * gather(other, r.slot, fan_out).to(product.dtype)).sum(1)
+    return scatter(y, r, fan_out, gate), product                                 # [M / fan_out, O]
 
 
-def torch_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
-    x, dout = gather(x, r, fan_in), gather(dout, r, fan_out)                     # [M, I], [M, O]
-    dx, dw, dgate = x.new_empty(x.shape), x.new_empty(w.shape), x.new_empty(0)
-    x_gated, dout_gated, *_ = gate_narrower(x, dout, gate, r, None, None)       # one of the two is
+def torch_dw(x, dout, r: Routing, fan_in, fan_out):
+    x, dout = gather(x, r.slot, fan_in), gather(dout, r.slot, fan_out)           # [M, I], [M, O]
+    dw = x.new_empty(len(r.offsets) - 1, x.shape[1], dout.shape[1])              # [E, I, O]
     for e, rows in experts(r):
-        torch.mm(dout[rows], w[e].T, out=dx[rows])
-        torch.mm(x_gated[rows].T, dout_gated[rows], out=dw[e])                   # zeros for an expert without rows
-    if gate is not None:
-        dgate = gate.new_empty(gate.shape)                                       # [M]
-        dgate[r.slot] = (dx * x.to(sum_dtype(x))).sum(1).to(gate.dtype)
-    return scatter(dx, r, fan_in, gate), dw.to(sum_dtype(dw)), dgate
+        torch.mm(x[rows].T, dout[rows], out=dw[e])                               # zeros for an expert without rows
+    return dw.to(sum_dtype(dw))
 
 
-def gate_narrower(x, dout, gate, r: Routing, fan_in, fan_out):
-    """x, dout and their fans, for dw: the narrower of the two gathered and multiplied by the gates."""
-    if gate is None:
-        return x, dout, fan_in, fan_out
-    if x.shape[1] <= dout.shape[1]:
-        return (gather(x, r, fan_in) * gate[r.slot, None]).to(x.dtype), dout, None, fan_out
-    return x, (gather(dout, r, fan_out) * gate[r.slot, None]).to(dout.dtype), fan_in, None
-
-
-# The Triton path: two kernels, not run on a GPU yet ------------------------------------------------------------------
+# The Triton path: two kernels ---------------------------------------------------------------------------------------
 #
 # The first multiplies rows by the matrix of their expert, forward and for dx. The rows are cut into tiles of at most
 # BM that never span two experts, listed in `tiles`, with -1 for the surplus, so that the grid has a fixed size:
@@ -193,6 +182,9 @@ def gate_narrower(x, dout, gate, r: Routing, fan_in, fan_out):
 # Without fan_in, x has a row for each slot; without fan_out, out and other have. For dx, the kernel's x is dout, w is
 # transposed, the fans are exchanged, and other is x. There are no atomics: every number is written once, in a fixed
 # order of summation, so that two runs give the same bits. The price is to write M rows, and to read them for the sum.
+#
+# With few inputs, a block would take less time than its loads take to begin. There (HOLD) one program owns a tile: it
+# loads the rows of x once, and goes through all blocks of columns while the next blocks of w are under way.
 
 
 def tile_table(offsets: Tensor, m: int) -> Tensor:
@@ -217,10 +209,11 @@ def block_rows(m: int, n_expert: int) -> int:
 def rows_kernel(
     x, w, out, gate, other, product, slot, offsets, tiles,  # gate, and other with product, may be None
     n_slots, n_in, n_out, fan_in, fan_out, stride_x, stride_we, stride_wi, stride_wo, stride_out, stride_other,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    n_blocks = tl.cdiv(n_out, BN)
-    tile = tl.program_id(0) // n_blocks  # the programs of one tile follow each other: its rows of x stay in L2
+    n_blocks = 1 if HOLD else tl.cdiv(n_out, BN)
+    tile, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks  # so the rows of a tile stay in L2
     expert = tl.load(tiles + 2 * tile).to(tl.int64)
     if expert < 0:
         return
@@ -231,31 +224,57 @@ def rows_kernel(
     rows = tl.minimum(rows, end - 1)  # surplus rows repeat the last one and are not stored
     s = tl.load(slot + rows)
     source = rows if fan_in is None else s // fan_in
-    block = tl.program_id(0) % n_blocks
-    cols = block * BN + tl.arange(0, BN)
     inputs = tl.arange(0, BK)
-
+    cols = tl.arange(0, BN)
     x_block = x + source.to(tl.int64)[:, None] * stride_x + inputs[None, :]                      # [BM, BK]
     w_block = w + expert * stride_we + inputs[:, None] * stride_wi + cols[None, :] * stride_wo   # [BK, BN]
-    acc = tl.zeros((BM, BN), tl.float32)
-    for i in range(0, n_in, BK):
-        a = tl.load(x_block, mask=inputs[None, :] < n_in - i, other=0.0)
-        b = tl.load(w_block, mask=(inputs[:, None] < n_in - i) & (cols[None, :] < n_out), other=0.0)
-        if UPCAST:  # the interpreter multiplies bfloat16 wrongly
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        x_block += BK
-        w_block += BK * stride_wi
 
-    store = real[:, None] & (cols[None, :] < n_out)
+    place = rows, real, s, out, gate, other, n_out, fan_out, stride_out, stride_other
+
+    if HOLD:
+        a = tl.load(x_block, mask=inputs[None, :] < n_in, other=0.0)
+        total = tl.zeros((BM,), tl.float32)
+        for col in range(0, n_out, BN):
+            b = tl.load(w_block, mask=(inputs[:, None] < n_in) & (cols[None, :] < n_out - col), other=0.0)
+            total += write(dot(a, b, tl.zeros((BM, BN), tl.float32), PRECISION, UPCAST), col + cols, *place)
+            w_block += BN * stride_wo
+    else:
+        col = block * BN
+        w_block += block.to(tl.int64) * BN * stride_wo
+        acc = tl.zeros((BM, BN), tl.float32)
+        for i in range(0, n_in, BK):
+            a = tl.load(x_block, mask=inputs[None, :] < n_in - i, other=0.0)
+            b = tl.load(w_block, mask=(inputs[:, None] < n_in - i) & (col + cols[None, :] < n_out), other=0.0)
+            acc = dot(a, b, acc, PRECISION, UPCAST)
+            x_block += BK
+            w_block += BK * stride_wi
+        left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()  # one after the other, to save registers
+        half = col + tl.arange(0, BN // 2)
+        total = write(left, half, *place) + write(right, half + BN // 2, *place)
+    if other is not None:
+        tl.store(product + block.to(tl.int64) * n_slots + s, total, mask=real)
+
+
+@jit
+def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    if UPCAST:  # the interpreter multiplies bfloat16 wrongly
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@jit
+def write(acc, cols, rows, real, s, out, gate, other, n_out, fan_out, stride_out, stride_other):
+    """Writes acc [BM, columns], multiplied by its gates; returns what it adds to the product [BM]."""
+    inside = real[:, None] & (cols[None, :] < n_out)
+    product = tl.zeros((acc.shape[0],), tl.float32)
     if other is not None:
         target = (rows if fan_out is None else s // fan_out).to(tl.int64)[:, None] * stride_other + cols[None, :]
-        products = acc * tl.load(other + target, mask=store, other=0.0).to(tl.float32)
-        tl.store(product + block.to(tl.int64) * n_slots + s, tl.sum(products, 1), mask=real)
+        product = tl.sum(acc * tl.load(other + target, mask=inside, other=0.0).to(tl.float32), 1)
     if gate is not None:
         acc *= tl.load(gate + s)[:, None]
     target = (rows if fan_out is None else s).to(tl.int64)[:, None] * stride_out + cols[None, :]
-    tl.store(out + target, acc.to(out.dtype.element_ty), mask=store)
+    tl.store(out + target, acc.to(out.dtype.element_ty), mask=inside)
+    return product
 
 
 # The second kernel makes the gradient of the weights. One program owns one block of one expert's matrix, goes over that
@@ -293,9 +312,7 @@ def dw_kernel(
         b = tl.load(dout + target * stride_dout + outputs[None, :], mask=real & (outputs[None, :] < n_out), other=0.0)
         rows += BK
         s = tl.load(slot + rows, mask=rows < end, other=0)
-        if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+        acc = dot(tl.trans(a), b, acc, PRECISION, UPCAST)
 
     matrix = expert.to(tl.int64) * n_in * n_out
     inside = (inputs[:, None] < n_in) & (outputs[None, :] < n_out)
@@ -335,26 +352,28 @@ def aligned_weight(w: Tensor) -> Tensor:
     return F.pad(w, (0, pad_o, 0, pad_i)) if pad_i or pad_o else w
 
 
-def multiply_rows(x, w, gate, r: Routing, fan_in, fan_out, other=None):
-    """rows_kernel and the sum of slots: out [M / fan_out, O]; and, if other [M / fan_out, O] is given, dgate [M]."""
+def triton_multiply(x, w, gate, other, r: Routing, fan_in, fan_out):
     m, n_out, options = len(r.slot), w.shape[2], schedule(x)
     x, w = aligned(x), aligned_weight(w)
     i, o = x.shape[1], w.shape[2]  # padded
-    blocks, out, product = triton.cdiv(o, options["BN"]), x.new_empty(m, o), None
+    if hold := i * x.element_size() <= 256:
+        options |= dict(BN=64, BK=triton.next_power_of_2(i))
+    elif x.element_size() > 2:
+        options |= dict(BN=64, num_stages=2)
+    blocks, out, product = 1 if hold else triton.cdiv(o, options["BN"]), x.new_empty(m, o), None
     if other is not None:
         other, product = aligned(other), x.new_empty(blocks, m, dtype=torch.float32)
     launch(rows_kernel, len(r.tiles) * blocks, x=x, w=w, out=out, gate=gate, other=other, product=product, slot=r.slot,
            offsets=r.offsets, tiles=r.tiles, n_slots=m, n_in=i, n_out=o, fan_in=fan_in, fan_out=fan_out,
            stride_x=x.stride(0), stride_we=w.stride(0), stride_wi=w.stride(1), stride_wo=w.stride(2),
            stride_out=o, stride_other=0 if other is None else other.stride(0), BM=block_rows(m, len(r.offsets) - 1),
-           **options)
+           HOLD=hold, **options)
     if fan_out is not None:
         out = out.view(-1, fan_out, o).sum(1)  # [M / fan_out, O]; torch sums bfloat16 in float32
-    return out[:, :n_out].contiguous(), None if product is None else product.sum(0).to(gate.dtype)
+    return out[:, :n_out].contiguous(), x.new_empty(0, dtype=torch.float32) if product is None else product.sum(0)
 
 
-def multiply_dw(x, dout, r: Routing, fan_in, fan_out):
-    """dw_kernel: [E, I, O] in float32"""
+def triton_dw(x, dout, r: Routing, fan_in, fan_out):
     n_in, n_out, e, options = x.shape[1], dout.shape[1], len(r.offsets) - 1, schedule(x)
     x, dout = aligned(x), aligned(dout)
     i, o = x.shape[1], dout.shape[1]
@@ -365,50 +384,40 @@ def multiply_dw(x, dout, r: Routing, fan_in, fan_out):
     return dw[:, :n_in, :n_out].contiguous()
 
 
-def triton_forward(x, w, gate, r: Routing, fan_in, fan_out):
-    return multiply_rows(x, w, gate, r, fan_in, fan_out)[0]
-
-
-def triton_backward(dout, x, w, gate, r: Routing, fan_in, fan_out):
-    # The same operation for dx: w transposed, the fans exchanged, and x multiplied with what has no gate yet for dgate
-    dx, dgate = multiply_rows(dout, w.mT, gate, r, fan_out, fan_in, other=None if gate is None else x)
-    # Gated here, because inside dw_kernel it would end the asynchronous copies of an operand
-    x, dout, fan_in, fan_out = gate_narrower(x, dout, gate, r, fan_in, fan_out)
-    return dx, multiply_dw(x, dout, r, fan_in, fan_out), x.new_empty(0) if gate is None else dgate
-
-
 # The custom ops: opaque to torch.compile, which sees their shapes only. Autocast would change the sums inside. -------
 
 
 @torch.library.custom_op("moeut::cvmm", mutates_args=())
-def _forward(x: Tensor, w: Tensor, gate: Tensor | None, slot: Tensor, offsets: Tensor, tiles: Tensor | None,
-             fan_in: int | None, fan_out: int | None) -> Tensor:
-    run = torch_forward if tiles is None else triton_forward
+def _multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, slot: Tensor, offsets: Tensor,
+              tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
+    """The operation [M / fan_out, O]; and, if there is an other [M / fan_out, O], the product [M] of its rows with what
+    has no gate yet, else [0]."""
+    run = torch_multiply if tiles is None else triton_multiply
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, w, gate, Routing(None, len(w), slot, offsets, tiles), fan_in, fan_out)
+        return run(x, w, gate, other, Routing(None, len(w), slot, offsets, tiles), fan_in, fan_out)
 
 
-@_forward.register_fake
-def _(x, w, gate, slot, offsets, tiles, fan_in, fan_out):
-    return x.new_empty(slot.shape[0] // (fan_out or 1), w.shape[2])
+@_multiply.register_fake
+def _(x, w, gate, other, slot, offsets, tiles, fan_in, fan_out):
+    m = slot.shape[0]
+    return x.new_empty(m // (fan_out or 1), w.shape[2]), x.new_empty(0 if other is None else m, dtype=sum_dtype(x))
 
 
-@torch.library.custom_op("moeut::cvmm_backward", mutates_args=())
-def _backward(dout: Tensor, x: Tensor, w: Tensor, gate: Tensor | None, slot: Tensor, offsets: Tensor,
-              tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """dx like x; dw like w, in float32 at least; dgate like gate, or empty"""
-    run = torch_backward if tiles is None else triton_backward
+@torch.library.custom_op("moeut::cvmm_dw", mutates_args=())
+def _dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: Tensor | None, fan_in: int | None,
+        fan_out: int | None) -> Tensor:
+    """The gradient of w without gates: [E, I, O], in float32 at least"""
+    run = torch_dw if tiles is None else triton_dw
     with torch.autocast(x.device.type, enabled=False):
-        return run(dout, x, w, gate, Routing(None, len(w), slot, offsets, tiles), fan_in, fan_out)
+        return run(x, dout, Routing(None, len(offsets) - 1, slot, offsets, tiles), fan_in, fan_out)
 
 
-@_backward.register_fake
-def _(dout, x, w, gate, slot, offsets, tiles, fan_in, fan_out):
-    dgate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
-    return x.new_empty(x.shape), x.new_empty(w.shape, dtype=sum_dtype(x)), dgate
+@_dw.register_fake
+def _(x, dout, slot, offsets, tiles, fan_in, fan_out):
+    return x.new_empty(offsets.shape[0] - 1, x.shape[1], dout.shape[1], dtype=sum_dtype(x))
 
 
-# Autograd, and the public function -----------------------------------------------------------------------------------
+# Autograd, and the public functions ----------------------------------------------------------------------------------
 
 
 class _CVMM(torch.autograd.Function):
@@ -419,14 +428,22 @@ class _CVMM(torch.autograd.Function):
     def forward(ctx, x, w, gate, fan_in, fan_out, *routing):
         ctx.save_for_backward(x, w, gate, *routing)
         ctx.fans = fan_in, fan_out
-        return _forward(x, w.to(x.dtype), gate, *routing, fan_in, fan_out)
+        return _multiply(x, w.to(x.dtype), gate, None, *routing, fan_in, fan_out)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        x, w, gate, *routing = ctx.saved_tensors
-        dx, dw, dgate = _backward(dout.contiguous(), x, w.to(x.dtype), gate, *routing, *ctx.fans)
-        return dx, dw, None if gate is None else dgate, *[None] * 5
+        (x, w, gate, *routing), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
+        other, slot = None if gate is None else x, routing[0]
+        dx, dgate = _multiply(dout, w.to(x.dtype).mT, gate, other, *routing, fan_out, fan_in)
+        dgate = None if gate is None else dgate.to(gate.dtype)
+        # For dw the narrower operand is gathered and gated here: torch.compile does it in one pass, and inside the
+        # kernel, which copies its operands past the registers, it takes longer.
+        if gate is not None and x.shape[1] <= dout.shape[1]:
+            x, fan_in = (gather(x, slot, fan_in) * gate[slot, None]).to(x.dtype), None
+        elif gate is not None:
+            dout, fan_out = (gather(dout, slot, fan_out) * gate[slot, None]).to(x.dtype), None
+        return dx, _dw(x, dout, *routing, fan_in, fan_out), dgate, *[None] * 5
 
 
 def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_out: int | None = None,

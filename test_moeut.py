@@ -235,7 +235,7 @@ def test_macs_are_those_that_torch_counts(changes):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    formulas = {torch.ops.moeut.cvmm: lambda x, w, gate, slot, *_, **__: 2 * slot[0] * w[1] * w[2]}
+    formulas = {torch.ops.moeut.cvmm: lambda x, w, gate, other, slot, *_, **__: 2 * slot[0] * w[1] * w[2]}
     c = tiny(**changes)
     with FlopCounterMode(display=False, custom_mapping=formulas) as forward, sdpa_kernel(SDPBackend.MATH):
         MoEUT(c)(tokens(2, 16))
@@ -588,9 +588,9 @@ def test_custom_ops(path, gated, dtype, fans):
     m = len(x) * (fans[0] or 1)
     *r, dout = *cvmm.route(torch.randint(4, (m,), device=DEVICE), 4)[2:], x.new_ones(m // fans[1], 23)
     for a, b in ((x, w), (x.T.contiguous().T, w.mT.contiguous().mT)):
-        rest = a, b, gate[0] if gated else None, *r, *fans
-        torch.library.opcheck(torch.ops.moeut.cvmm.default, rest)
-        torch.library.opcheck(torch.ops.moeut.cvmm_backward.default, (dout, *rest))
+        rest = *((gate[0], dout) if gated else (None, None)), *r, *fans
+        torch.library.opcheck(torch.ops.moeut.cvmm.default, (a, b, *rest))
+        torch.library.opcheck(torch.ops.moeut.cvmm_dw.default, (a, dout, *r, *fans))
 
 
 # The Triton kernels --------------------------------------------------------------------------------------------------
@@ -640,13 +640,18 @@ def launches(size, n, dtype):
     C, F_, E, K, H, D, A = c.n_embd, c.expert_size, c.n_expert, c.top_k, c.n_head, c.head_size, c.n_att_expert
     uses = {"up": (n * K, (E, C, F_), K, None), "down": (n * K, (E, F_, C), None, K),
             "values": (n * H * 2, (H * A, C, D), H * 2, 2), "outputs": (n * H * 2, (H * A, D, C), 2, H * 2)}
+
+    def routed(function, n):  # as in a custom op, whose body does not run on the meta device
+        return lambda *a: function(*a[:n], cvmm.Routing(None, 0, *a[n : n + 3]), *a[n + 3 :])
+
     with torch.device("meta"), mock.patch.multiple(
-            cvmm, force="Triton", launch=lambda kernel, programs, **arguments: found.append((kernel, arguments))):
+            cvmm, force="Triton", launch=lambda kernel, programs, **arguments: found.append((kernel, arguments)),
+            _multiply=routed(cvmm.triton_multiply, 4), _dw=routed(cvmm.triton_dw, 2)):
         for m, w, fan_in, fan_out in uses.values():
-            x, w = torch.empty(m // (fan_in or 1), w[1], dtype=dtype), torch.empty(w, dtype=dtype)
+            shapes = (m // (fan_in or 1), w[1]), w
+            x, w = (torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes)
             gate, r = torch.empty(m) if fan_out else None, cvmm.route(torch.empty(m, dtype=torch.long), len(w))
-            y = cvmm.triton_forward(x, w, gate, r, fan_in, fan_out)
-            cvmm.triton_backward(y, x, w, gate, r, fan_in, fan_out)
+            cvmm._CVMM.apply(x, w, gate, fan_in, fan_out, *r[2:]).sum().backward()
     names = [f"{use} {part}" for use in uses for part in ("forward", "dx", "dw")]
     return [(name, *entry) for name, entry in zip(names, found, strict=True)]
 
@@ -689,12 +694,14 @@ def compile_kernels(everything):
             seen[gpu].add(code.hash)
             sass = code.asm["sass"] if "cubin" in code.asm else ""
             count = {name: len(re.findall(rf"\b({names})\b", sass)) for name, names in instructions.items()}
+            count["registers"] = 1 + max(map(int, re.findall(r"\bR(\d+)\b", sass)), default=0)
             print(gpu, use, size, n, form, f"{arguments['BM']} rows, {code.metadata.shared} bytes shared,", count)
             assert code.metadata.shared <= (99 if sass else 64) * 1024  # of sm_86 and sm_89, the smallest; of gfx942
             if sass:
                 assert count["spills"] == count["atomics"] == 0 < count["asynchronous"]
                 large = gpu == "sm_90" and n == 65536  # a warp group has 64 rows
                 assert form == "float32" or count["warp_groups" if large else "tensor_cores"] > 0
+                assert not large or "32" in form or count["registers"] <= 128  # two programs fit a multiprocessor
     assert min(map(len, seen.values())) >= 50 if everything else len(seen["sm_90"]) == 3
 
 
