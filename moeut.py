@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 # cvmm multiplies rows by the matrices of their chosen experts only. A slot is one choice by one token; for each slot s
 #     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]
 # `route` sorts slots by expert. Without fan_in, x has a row for each slot, in that order; without fan_out, out has.
-from cvmm import cvmm, route
+from cvmm import cvmm, route, top_k
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Router(nn.Module):
         candidates = logits.detach()  # in the same order as the scores, but sigmoids saturate and tie
         if self.training and self.expert_dropout:
             candidates = candidates.masked_fill(torch.rand_like(logits) < self.expert_dropout, -math.inf)
-        expert = candidates.topk(self.top_k, sorted=False).indices                       # [B, T, *choices, top_k]
+        expert = top_k(candidates, self.top_k)                                           # [B, T, *choices, top_k]
         gate = scores.gather(-1, expert)                                                 # [B, T, *choices, top_k]
         # How often an expert is chosen has no gradient: a softmax over all experts, averaged over tokens, replaces it.
         usage = logits.softmax(-1).mean(1) if self.training else None                    # [B, *choices, n_expert]

@@ -593,6 +593,20 @@ def test_custom_ops(path, gated, dtype, fans):
         torch.library.opcheck(torch.ops.moeut.cvmm_dw.default, (a, dout, *r, *fans))
 
 
+@pytest.mark.parametrize("n_expert, k", [(1, 1), (10, 2), (155, 12), (1024, 3)])
+def test_top_k(path, n_expert, k):
+    """Of equal numbers any may be chosen, but none twice, also where all are -inf or nan."""
+    x = torch.randn(3, 7, n_expert, device=DEVICE)
+    x[0, :3] = torch.tensor([[0.0], [-math.inf], [math.nan]])
+    x[1, 0, n_expert // 2 :] = -math.inf  # dropped experts
+    expert = cvmm.top_k(x, k)
+    assert expert.shape == (3, 7, k) and 0 <= expert.min() and expert.max() < n_expert
+    assert all(len(set(chosen)) == k for chosen in expert.flatten(0, 1).tolist())
+    assert torch.equal(x.gather(-1, expert).sort(-1).values.nan_to_num(), x.topk(k).values.flip(-1).nan_to_num())
+    if path == "Triton":
+        torch.library.opcheck(torch.ops.moeut.top_k.default, (x, k))
+
+
 # The Triton kernels --------------------------------------------------------------------------------------------------
 
 
