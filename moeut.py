@@ -47,6 +47,7 @@ from torch.utils.checkpoint import checkpoint
 # cvmm multiplies rows by the matrices of their chosen experts only. A slot is one choice by one token; for each slot s
 #     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]
 # `route` sorts slots by expert. Without fan_in, x has a row for each slot, in that order; without fan_out, out has.
+# `top_k` gives the indices of torch.topk, with a kernel of its own.
 from cvmm import cvmm, route, top_k
 
 
@@ -327,15 +328,15 @@ class MoEUT(nn.Module):
         if idx.dim() != 2 or not idx.numel() or targets is not None and targets.shape != idx.shape:
             shapes = [tuple(t.shape) for t in (idx, targets) if t is not None]
             raise ValueError(f"idx, targets have shapes {shapes}: they must be [B, T] both, with at least one token.")
-        start = cache[0].length if cache else 0
-        stop, c = start + idx.shape[1], self.config
+        c, start = self.config, cache[0].length if cache else 0
+        stop = start + idx.shape[1]
         table = self.rotary if stop <= c.block_size else rotary_table(c.head_size, stop, idx.device)
         rotary = table[:, start:stop]                                                    # [2, T, 1, 1, P/2]
         usage = [[] for _ in self.layers]  # of each layer's experts, an entry for each repeat
 
         x = self.embedding(idx)                                                          # [B, T, C]
-        for i in range(self.config.n_layer):
-            g = i % self.config.group_size                                               # A B A B ...
+        for i in range(c.n_layer):
+            g = i % c.group_size                                                         # A B A B ...
             layer, args = self.layers[g], (x, rotary, cache and cache[i])
             x, used = checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
             usage[g].append(used)

@@ -593,16 +593,18 @@ def test_custom_ops(path, gated, dtype, fans):
         torch.library.opcheck(torch.ops.moeut.cvmm_dw.default, (a, dout, *r, *fans))
 
 
-@pytest.mark.parametrize("n_expert, k", [(1, 1), (10, 2), (155, 12), (1024, 3)])
+@pytest.mark.parametrize("n_expert, k", [(1, 1), (10, 2), (155, 12), (5, 5), (1024, 3), (2000, 2)])
 def test_top_k(path, n_expert, k):
     """Of equal numbers any may be chosen, but none twice, also where all are -inf or nan."""
     x = torch.randn(3, 7, n_expert, device=DEVICE)
-    x[0, :3] = torch.tensor([[0.0], [-math.inf], [math.nan]])
+    x[0, :4] = torch.tensor([[0.0], [-math.inf], [math.nan], [-math.nan]])
     x[1, 0, n_expert // 2 :] = -math.inf  # dropped experts
     expert = cvmm.top_k(x, k)
     assert expert.shape == (3, 7, k) and 0 <= expert.min() and expert.max() < n_expert
     assert all(len(set(chosen)) == k for chosen in expert.flatten(0, 1).tolist())
     assert torch.equal(x.gather(-1, expert).sort(-1).values.nan_to_num(), x.topk(k).values.flip(-1).nan_to_num())
+    with pytest.raises(RuntimeError, match="out of range"):
+        cvmm.top_k(x, n_expert + 1)
     if path == "Triton":
         torch.library.opcheck(torch.ops.moeut.top_k.default, (x, k))
 
@@ -656,7 +658,7 @@ def launches(size, n, dtype):
             "values": (n * H * 2, (H * A, C, D), H * 2, 2), "outputs": (n * H * 2, (H * A, D, C), 2, H * 2)}
 
     def routed(function, n):  # as in a custom op, whose body does not run on the meta device
-        return lambda *a: function(*a[:n], cvmm.Routing(None, 0, *a[n : n + 3]), *a[n + 3 :])
+        return lambda *a: function(*a[:n], cvmm.Routing(None, len(a[n + 1]) - 1, *a[n : n + 3]), *a[n + 3 :])
 
     with torch.device("meta"), mock.patch.multiple(
             cvmm, force="Triton", launch=lambda kernel, programs, **arguments: found.append((kernel, arguments)),
