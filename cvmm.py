@@ -346,7 +346,7 @@ def launch(kernel, programs: int, **arguments):
 
 
 def schedule(x: Tensor) -> dict:
-    """Block sizes without spills on sm_80 and sm_90 (`python -m pytest -m slow`); the number format."""
+    """Block sizes, chosen on an H200, without spills there and on sm_80 (`python -m pytest -m slow`); the format."""
     if x.dtype == torch.float64:
         raise TypeError("The Triton kernels sum in float32 and take no float64: use float32, or a CPU.")
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None  # AMD has none in Triton
@@ -407,8 +407,8 @@ def triton_dw(x, dout, r: Routing, fan_in, fan_out):
 @torch.library.custom_op("moeut::cvmm", mutates_args=())
 def _multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, slot: Tensor, offsets: Tensor,
               tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
-    """The operation: [M / fan_out, O]. And, for dgate, the dot product of the result of each slot, before its gate, with
-    its row of other [M / fan_out, O]: [M], or [0] without other."""
+    """The operation: [M / fan_out, O]. And, for dgate, the dot products [M] of what each slot gives, before its gate,
+    with its row of other [M / fan_out, O]; [0] without other."""
     run = torch_multiply if tiles is None else triton_multiply
     with torch.autocast(x.device.type, enabled=False):
         return run(x, w, gate, other, Routing(None, len(w), slot, offsets, tiles), fan_in, fan_out)
