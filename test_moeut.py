@@ -497,7 +497,7 @@ def case(fans, choice="random", n_token=11, n_in=19, n_out=23, n_expert=7, gated
     *itertools.product(FANS.values(), [dict(gated=False), *(dict(choice=choice) for choice in CHOICES)]),
     *(((2, 6), what) for what in (
         dict(n_token=1), dict(n_in=1, n_out=1, n_expert=1), dict(n_token=30, n_in=48, n_out=16, n_expert=12),
-        dict(n_token=60, n_in=150, n_out=64, n_expert=3), dict(n_token=30, n_in=16, n_out=150, n_expert=2),
+        dict(n_token=60, n_in=150, n_out=80, n_expert=3), dict(n_token=30, n_in=16, n_out=150, n_expert=2),
         dict(n_token=4, n_expert=257, dtype=torch.uint8), dict(n_token=4, n_expert=129, dtype=torch.int8),
         dict(dtype=torch.int32), dict(view=lambda t: t.mT.contiguous().mT),
         dict(view=lambda t: F.pad(t, (3, 2))[..., 3:-2]), dict(view=lambda t: t.repeat_interleave(2, -1)[..., ::2]),
@@ -596,17 +596,20 @@ def test_custom_ops(path, gated, dtype, fans):
 @pytest.mark.parametrize("n_expert, k", [(1, 1), (10, 2), (155, 12), (5, 5), (1024, 3), (2000, 2)])
 def test_top_k(path, n_expert, k):
     """Of equal numbers any may be chosen, but none twice, also where all are -inf or nan."""
-    x = torch.randn(3, 7, n_expert, device=DEVICE)
-    x[0, :4] = torch.tensor([[0.0], [-math.inf], [math.nan], [-math.nan]])
-    x[1, 0, n_expert // 2 :] = -math.inf  # dropped experts
-    expert = cvmm.top_k(x, k)
-    assert expert.shape == (3, 7, k) and 0 <= expert.min() and expert.max() < n_expert
-    assert all(len(set(chosen)) == k for chosen in expert.flatten(0, 1).tolist())
-    assert torch.equal(x.gather(-1, expert).sort(-1).values.nan_to_num(), x.topk(k).values.flip(-1).nan_to_num())
-    with pytest.raises(RuntimeError, match="out of range"):
-        cvmm.top_k(x, n_expert + 1)
+    logits = torch.randn(7, 3, n_expert, device=DEVICE).transpose(0, 1)
+    logits[0, :4] = torch.tensor([[0.0], [-math.inf], [math.nan], [-math.nan]])
+    logits[1, 0, n_expert // 2 :] = -math.inf  # dropped experts
+    for x in (logits, logits.double()):
+        with mock.patch.object(cvmm, "launch", wraps=cvmm.launch) as launch:
+            expert = cvmm.top_k(x, k)
+        assert launch.called == (path == "Triton" and x.dtype == torch.float32 and n_expert <= 1024)
+        assert expert.shape == (3, 7, k) and 0 <= expert.min() and expert.max() < n_expert
+        assert all(len(set(chosen)) == k for chosen in expert.flatten(0, 1).tolist())
+        assert torch.equal(x.gather(-1, expert).sort(-1).values.nan_to_num(), x.topk(k).values.flip(-1).nan_to_num())
+        with pytest.raises(RuntimeError, match="out of range"):
+            cvmm.top_k(x, n_expert + 1)
     if path == "Triton":
-        torch.library.opcheck(torch.ops.moeut.top_k.default, (x, k))
+        torch.library.opcheck(torch.ops.moeut.top_k.default, (logits, k))
 
 
 # The Triton kernels --------------------------------------------------------------------------------------------------
