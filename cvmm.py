@@ -401,6 +401,15 @@ def triton_dw(x, dout, r: Routing, fan_in, fan_out):
     return dw[:, :n_in, :n_out].contiguous()
 
 
+def triton_top_k(x, k: int):
+    n_expert, expert = x.shape[-1], x.new_empty(*x.shape[:-1], k, dtype=torch.long)
+    n, width = x.numel() // n_expert, triton.next_power_of_2(n_expert)
+    tokens = max(1024 // width, 1)  # of a program
+    launch(top_k_kernel, triton.cdiv(n, tokens), x=x.contiguous(), expert=expert, n=n, n_expert=n_expert, top_k=k,
+           TOKENS=tokens, WIDTH=width, num_warps=1)
+    return expert
+
+
 # The custom ops: opaque to torch.compile, which sees their shapes only. Inside, autocast would change the sums --------
 
 
@@ -436,12 +445,7 @@ def _(x, dout, slot, offsets, tiles, fan_in, fan_out):
 
 @torch.library.custom_op("moeut::top_k", mutates_args=())
 def _top_k(x: Tensor, k: int) -> Tensor:
-    n_expert, expert = x.shape[-1], x.new_empty(*x.shape[:-1], k, dtype=torch.long)
-    n, width = x.numel() // n_expert, triton.next_power_of_2(n_expert)
-    tokens = max(1024 // width, 1)  # of a program
-    launch(top_k_kernel, triton.cdiv(n, tokens), x=x.contiguous(), expert=expert, n=n, n_expert=n_expert, top_k=k,
-           TOKENS=tokens, WIDTH=width, num_warps=1)
-    return expert
+    return triton_top_k(x, k)
 
 
 @_top_k.register_fake
