@@ -373,9 +373,9 @@ def triton_multiply(x, w, gate, other, r: Routing, fan_in, fan_out):
     m, n_out, options = len(r.slot), w.shape[2], schedule(x)
     x, w = aligned(x), aligned_weight(w)
     i, o = x.shape[1], w.shape[2]  # padded
-    if hold := i * x.element_size() <= 256:
+    if hold := i * x.element_size() <= 256:  # half of the columns: that leaves room to load w ahead
         options |= dict(BN=64, BK=triton.next_power_of_2(i))
-    elif x.element_size() > 2:
+    elif x.element_size() > 2:  # float32 would spill
         options |= dict(BN=64, num_stages=2)
     blocks, out, product = 1 if hold else triton.cdiv(o, options["BN"]), x.new_empty(m, o), None
     if other is not None:

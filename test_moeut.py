@@ -389,7 +389,8 @@ def test_routing_is_in_float32_under_autocast_and_in_float64_in_such_a_model():
     router.double().w.data[2] = router.w.data[4]
     for winner, more in ((2, 1e-9), (4, 2e-9)):  # either: a tie could fall to the right one
         router.w.data[winner, 3] += more
-        assert router(n.double())[1].item() == winner
+        gate, expert, _ = router(n.double())
+        assert expert.item() == winner and gate.dtype == torch.float64
 
 
 @pytest.mark.parametrize("length, n", [(1, 15), (16, 1), (3, 25), (30, 12)])
@@ -503,6 +504,7 @@ def among_nans(t):
     *itertools.product(FANS.values(), [dict(gated=False), *(dict(choice=choice) for choice in CHOICES)]),
     *(((2, 6), what) for what in (
         dict(n_token=1), dict(n_in=1, n_out=1, n_expert=1), dict(n_token=30, n_in=140, n_out=136, n_expert=2),
+        dict(n_token=60, n_in=150, n_out=64, n_expert=3),
         dict(n_token=30, n_in=48, n_out=16, n_expert=12, view=among_nans), dict(n_in=80, n_out=48, view=among_nans),
         dict(n_token=60, n_in=80, n_out=80, n_expert=3, view=among_nans), dict(view=lambda t: t.mT.contiguous().mT),
         dict(n_token=30, n_in=16, n_out=150, n_expert=2), dict(n_token=4, n_expert=257, dtype=torch.uint8),
@@ -560,9 +562,11 @@ def test_bad_numbers_stay_with_their_token_and_expert(path):
 
 def test_no_slots(path):
     none = cvmm.route(torch.zeros(0, device=DEVICE).long(), 7)
-    x, w = torch.randn(0, 4, device=DEVICE), torch.randn(7, 4, 3, device=DEVICE)
-    out, dx, dw = output_and_grads(lambda x, w: cvmm.cvmm(x, w, none, 2), (x, w))
-    assert out.shape == (0, 3) and dx.shape == (0, 4) and dw.shape == (7, 4, 3) and not dw.any()
+    x, w, gate = (torch.randn(*shape, device=DEVICE) for shape in ((0, 4), (7, 4, 3), (0,)))
+    for fans, inputs in (((2, None), (x, w)), ((2, 6), (x, w, gate))):
+        out, dx, dw, *dgate = output_and_grads(lambda x, w, *g, fans=fans: cvmm.cvmm(x, w, none, *fans, *g), inputs)
+        assert out.shape == (0, 3) and dx.shape == (0, 4) and dw.shape == (7, 4, 3) and not dw.any()
+        assert [g.shape for g in dgate] == [(0,)] * (len(inputs) - 2)
 
 
 @pytest.mark.parametrize("n_slot", [12, 24], ids=["few", "sorted"])
@@ -971,7 +975,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(failure, run, done, monkeypatch):
 def test_steps_that_are_not_finite(run, done, monkeypatch):
     """They change nothing and are never saved. Ten in a row end the run; more do not, if they are apart."""
     before = Path("out/last.pt").read_bytes()
-    for interval, sentence in ((3, "The loss is not a number at step 9"), (100, "The gradient was not finite in ten")):
+    for interval, sentence in ((3, "The loss is not a number at step 9:"),
+                               (100, "The gradient was not finite in ten steps in a row, up to 17:")):
         with pytest.raises(SystemExit, match=f"^{sentence}.*smaller --lr.*$"):
             run(train, "--resume", "--steps=600", "--lr=5000", f"--eval_interval={interval}")
         assert Path("out/last.pt").read_bytes() == before
@@ -982,6 +987,7 @@ def test_steps_that_are_not_finite(run, done, monkeypatch):
         seen.append([*parameters][-1].tolist()), next(norms))[1])
     run(train, "--resume", "--steps=30")
     assert [a != b for a, b in itertools.pairwise(seen)] == [False, True] * 11 + [False]
+    assert list(logged("out", "grad").values())[6:] == [None, 1] * 12
     assert list(logged("out", "skipped").values()) == [1] * 12 and math.isfinite(logged("out", "val_loss")[30])
 
 
