@@ -421,6 +421,8 @@ def train(given: dict, changes: dict):
         sys.exit(f"Stopped after step {step}, saved in {out}: `python train.py --resume --out={out}` goes on.")
     if world > 1:
         dist.destroy_process_group()
+    if rank > 0:  # it has nothing more to do, and a thread of gloo could abort it in the shutdown of the interpreter
+        os._exit(0)
     print(f"done in {run['seconds']:.0f} s of training, saved in {out}; now `python sample.py --out={out}`")
 
 
