@@ -28,15 +28,13 @@ dx is the same operation again, with w transposed and the fans exchanged; dgate 
     dgate[s]          = <dout[s // fan_out] @ w[expert[s]]^T, x[s // fan_in]>       the product above, before its gate
     dw[expert[s]]    += gate[s] * x[s // fan_in]^T @ dout[s // fan_out]
 
-A `Routing` is made once for each decision of a router. Letters: M slots; E experts, of all heads; a matrix has I inputs
-and O outputs; N tokens, C width, F expert size, K chosen experts.
+Letters: M slots; E experts, of all heads; a matrix has I inputs and O outputs; C width, F expert size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import statistics
-import sys
 import time
 from typing import NamedTuple
 
@@ -47,11 +45,9 @@ from torch import Tensor
 # Triton takes 0.2 s to import and has no wheels for macOS and Windows: it is imported only where it is needed.
 triton = None
 if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
-    try:
+    with contextlib.suppress(ImportError):
         import triton
         import triton.language as tl
-    except ImportError:
-        pass
 
 INTERPRETED = bool(triton) and triton.knobs.runtime.interpret  # kernels run in Python, also on a CPU: for tests
 jit = triton.jit(do_not_specialize=["fan_in", "fan_out", "n_slots"]) if triton else lambda function: function
@@ -88,7 +84,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 class Routing(NamedTuple):
     """The slots sorted by expert. Made by `route`, shared by all matmuls of one decision, forward and backward."""
 
-    expert: Tensor | None  # [M] the expert of each slot
+    expert: Tensor  # [M] the expert of each slot
     n_expert: int
     slot: Tensor | None  # [M] the slot of each row; None if they are so few that they are not sorted: row s is slot s
     offsets: Tensor | None  # [E + 1] where the rows of each expert begin, and where all end
@@ -117,7 +113,7 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     offsets = torch.searchsorted(ids, torch.arange(n_expert + 1, device=ids.device, dtype=ids.dtype))
     if not on_triton:
         return Routing(expert, n_expert, slot, offsets, None)
-    return Routing(expert, n_expert, slot.int(), offsets.int(), tile_table(offsets, len(slot)).int())
+    return Routing(expert, n_expert, slot.int(), offsets.int(), tile_table(offsets, len(slot), n_expert).int())
 
 
 def check_experts(exist: bool, n_expert: int):
@@ -125,7 +121,7 @@ def check_experts(exist: bool, n_expert: int):
         raise ValueError(f"An expert was chosen that is not one of the {n_expert}: they are numbered from 0.")
 
 
-# The PyTorch path: gather the rows of all experts, one matmul for each expert, add up the slots ----------------------
+# The custom ops, opaque to torch.compile, and the PyTorch path: gather all rows, a matmul per expert, sum the slots ---
 
 
 def gather(x: Tensor, slot: Tensor, fan: int | None) -> Tensor:
@@ -133,45 +129,64 @@ def gather(x: Tensor, slot: Tensor, fan: int | None) -> Tensor:
     return x if fan is None else x.index_select(0, slot // fan)
 
 
-def scatter(y: Tensor, r: Routing, fan: int | None, gate: Tensor | None) -> Tensor:
+def scatter(y: Tensor, slot: Tensor, fan: int | None, gate: Tensor | None) -> Tensor:
     """Multiply the rows [M, width] by their gates, and sum fan slots each, in float32 at least: [M / fan, width]"""
     if fan is None:
-        return y if gate is None else y.mul_(gate[r.slot, None])
-    row = torch.empty_like(r.slot).scatter_(0, r.slot, torch.arange(len(y), device=y.device))   # [M] row of each slot
+        return y if gate is None else y.mul_(gate[slot, None])
+    row = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(y), device=y.device))       # [M] row of each slot
     weights = None if gate is None else gate.view(-1, fan).to(sum_dtype(y))
     return F.embedding_bag(row.view(-1, fan), y.to(sum_dtype(y)), mode="sum", per_sample_weights=weights).to(y.dtype)
 
 
-def experts(r: Routing):
+def experts(slot: Tensor, offsets: Tensor):
     """(expert, its rows as a slice) for each expert, also for those without rows."""
-    ends = r.offsets.tolist()
-    check_experts(ends[0] == 0 and ends[-1] == len(r.slot), r.n_expert)
+    ends = offsets.tolist()
+    check_experts(ends[0] == 0 and ends[-1] == len(slot), len(ends) - 1)
     return enumerate(map(slice, ends, ends[1:]))
 
 
-def torch_multiply(x, w, gate, other, r: Routing, fan_in, fan_out):
-    x = gather(x, r.slot, fan_in)                                                # [M, I]
-    y = x.new_empty(len(x), w.shape[2])                                          # [M, O]
-    for e, rows in experts(r):
-        torch.mm(x[rows], w[e], out=y[rows])
-    product = x.new_empty(0 if other is None else len(y), dtype=sum_dtype(x))    # [M]
-    if other is not None:
-        product[r.slot] = (y * gather(other, r.slot, fan_out).to(product.dtype)).sum(1)
-    return scatter(y, r, fan_out, gate), product                                 # [M / fan_out, O]
+@torch.library.custom_op("moeut::cvmm", mutates_args=())
+def _multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, slot: Tensor, offsets: Tensor,
+              tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
+    """The operation: [M / fan_out, O]. And, for dgate, the dot products [M] of what each slot gives, before its gate,
+    with its row of other [M / fan_out, O]; [0] without other."""
+    with torch.autocast(x.device.type, enabled=False):  # it would change the sums
+        if tiles is not None:
+            return triton_multiply(x, w, gate, other, slot, offsets, tiles, fan_in, fan_out)
+        x = gather(x, slot, fan_in)                                                  # [M, I]
+        y = x.new_empty(len(x), w.shape[2])                                          # [M, O]
+        for e, rows in experts(slot, offsets):
+            torch.mm(x[rows], w[e], out=y[rows])
+        product = x.new_empty(0 if other is None else len(y), dtype=sum_dtype(x))    # [M]
+        if other is not None:
+            product[slot] = (y * gather(other, slot, fan_out).to(product.dtype)).sum(1)
+        return scatter(y, slot, fan_out, gate), product
 
 
-def torch_dw(x, dout, r: Routing, fan_in, fan_out):
-    x, dout = gather(x, r.slot, fan_in), gather(dout, r.slot, fan_out)           # [M, I], [M, O]
-    dw = x.new_empty(r.n_expert, x.shape[1], dout.shape[1])                      # [E, I, O]
-    for e, rows in experts(r):
-        torch.mm(x[rows].T, dout[rows], out=dw[e])                               # zeros for an expert without rows
-    return dw.to(sum_dtype(dw))
+@torch.library.custom_op("moeut::cvmm_dw", mutates_args=())
+def _dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: Tensor | None, fan_in: int | None,
+        fan_out: int | None) -> Tensor:
+    """The gradient of w without gates: [E, I, O], in float32 at least"""
+    with torch.autocast(x.device.type, enabled=False):
+        if tiles is not None:
+            return triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out)
+        x, dout = gather(x, slot, fan_in), gather(dout, slot, fan_out)               # [M, I], [M, O]
+        dw = x.new_empty(len(offsets) - 1, x.shape[1], dout.shape[1])
+        for e, rows in experts(slot, offsets):
+            torch.mm(x[rows].T, dout[rows], out=dw[e])                               # zeros for an expert without rows
+        return dw.to(sum_dtype(dw))
 
 
-# The Triton path: two kernels, and one for routers -------------------------------------------------------------------
+_multiply.register_fake(lambda x, w, gate, other, slot, offsets, tiles, fan_in, fan_out: (
+    x.new_empty(slot.shape[0] // (fan_out or 1), w.shape[2]),
+    x.new_empty(0 if other is None else slot.shape[0], dtype=sum_dtype(x))))
+_dw.register_fake(lambda x, dout, slot, offsets, *_: x.new_empty(
+    offsets.shape[0] - 1, x.shape[1], dout.shape[1], dtype=sum_dtype(x)))
+
+
+# The Triton path: two kernels, one for routers, and what launches them -----------------------------------------------
 #
-# The first multiplies rows by the matrix of their expert, forward and for dx. The rows are cut into tiles of at most
-# BM that never span two experts, listed in `tiles`, with -1 for the surplus, so that the grid has a fixed size:
+# The first multiplies rows by the matrix of their expert, forward and for dx, in tiles of up to BM rows of one expert:
 #
 #     for each tile (expert, first row), for each block of BN columns:        one program
 #         for each block of BK inputs:
@@ -179,25 +194,21 @@ def torch_dw(x, dout, r: Routing, fan_in, fan_out):
 #         product[block, slot[rows]] = sum over columns of acc * other[slot[rows] // fan_out, columns]   for dgate only
 #         out[slot[rows], columns] = gate[slot[rows]] * acc                   the caller sums the slots
 #
-# Without fan_in, x has a row for each slot; without fan_out, out and other have. For dx, the kernel's x is dout, w is
-# transposed, the fans are exchanged, and other is x. There are no atomics: every number is written once, in a fixed
-# order of summation, so that two runs give the same bits. The price is to write M rows, and to read them for the sum.
+# For dx, x is dout and other is x. There are no atomics: every number is written once, in a fixed order of summation,
+# so that two runs give the same bits. The price is to write M rows, and to read them for the sum.
 #
 # Where a row of x is short, of at most 256 bytes, a block is done before the loads of the next could arrive. There one
 # program owns a tile: it holds its rows of x (HOLD), and goes through all blocks of columns, with w loaded ahead.
 
 
-def tile_table(offsets: Tensor, m: int) -> Tensor:
-    """[n, 2] expert and first row of each tile; n depends on m and E only, the surplus has expert -1."""
-    n_expert = len(offsets) - 1
+def tile_table(offsets: Tensor, m: int, n_expert: int) -> Tensor:
+    """[n, 2] expert and first row of each tile. The surplus has expert -1: n, and so the grid, follows from m and E."""
     bm = block_rows(m, n_expert)
-    count = (offsets.diff() + bm - 1) // bm                                      # [E] tiles of each expert
-    ends = count.cumsum(0)
+    begin = F.pad(((offsets.diff() + bm - 1) // bm).cumsum(0), (1, 0))           # [E + 1] like offsets, but of tiles
     tile = torch.arange(m // bm + n_expert, device=offsets.device)
-    owner = torch.searchsorted(ends, tile, right=True)                           # E for the surplus
-    e = owner.clamp(max=n_expert - 1)
-    first = offsets[e] + (tile - ends[e] + count[e]) * bm
-    return torch.stack((torch.where(owner < n_expert, e, -1), first), dim=1)
+    e = torch.searchsorted(begin, tile, right=True) - 1                          # E for the surplus
+    first = offsets[e] + (tile - begin[e]) * bm
+    return torch.stack((torch.where(e < n_expert, e, -1), first), dim=1)
 
 
 def block_rows(m: int, n_expert: int) -> int:
@@ -206,12 +217,10 @@ def block_rows(m: int, n_expert: int) -> int:
 
 
 @jit
-def rows_kernel(
-    x, w, out, gate, other, product, slot, offsets, tiles,  # gate, and other with product, may be None
-    n_slots, n_in, n_out, fan_in, fan_out, stride_x, stride_we, stride_wi, stride_wo, stride_out, stride_other,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+def rows_kernel(x, w, out, gate, other, product, slot, offsets, tiles,  # gate, and other with product, may be None
+                n_slots, n_in, n_out, fan_in, fan_out, stride_x, stride_we, stride_wi, stride_wo, stride_out,
+                stride_other, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr,
+                PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     n_blocks = 1 if HOLD else tl.cdiv(n_out, BN)
     tile, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks  # so the rows of a tile stay in L2
     expert = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -277,8 +286,7 @@ def write(acc, cols, rows, real, s, out, gate, other, n_out, fan_out, stride_out
     return product
 
 
-# The second kernel makes the gradient of the weights. One program owns one block of one expert's matrix, goes over that
-# expert's rows and stores once, in float32:
+# The second kernel makes the gradient of the weights, in float32:
 #
 #     for each expert (the heaviest first), each block of BM inputs x BN outputs:      one program
 #         for each block of BK rows:
@@ -286,13 +294,9 @@ def write(acc, cols, rows, real, s, out, gate, other, n_out, fan_out, stride_out
 #         dw[expert, inputs, outputs] = acc                                            zeros for an empty expert
 #
 # The slots of a block are loaded one round ahead, because the loads of x and dout have to wait for them.
-
-
 @jit
-def dw_kernel(
-    x, dout, dw, slot, offsets, heaviest, n_in, n_out, fan_in, fan_out, stride_x, stride_dout,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):
+def dw_kernel(x, dout, dw, slot, offsets, heaviest, n_in, n_out, fan_in, fan_out, stride_x, stride_dout,
+              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     blocks_o = tl.cdiv(n_out, BN)
     blocks = tl.cdiv(n_in, BM) * blocks_o
     block = tl.program_id(0) % blocks
@@ -321,8 +325,6 @@ def dw_kernel(
 # The third chooses experts. torch.topk, which is made for long rows, takes 2 to 20 times as long: it starts a block of
 # threads for every token, which reads the row again and again. Here a warp keeps rows in its registers, and takes the
 # largest number of each top_k times.
-
-
 @jit
 def top_k_kernel(x, expert, n, n_expert, top_k, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     token, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64), tl.arange(0, WIDTH)
@@ -334,9 +336,6 @@ def top_k_kernel(x, expert, n, n_expert, top_k, TOKENS: tl.constexpr, WIDTH: tl.
         best = tl.max(key, 1)
         tl.store(expert + token * top_k + k, 0xFFFF - (best & 0xFFFF), mask=token < n)
         key = tl.where(key == best[:, None], -(2**63), key)
-
-
-# What launches them --------------------------------------------------------------------------------------------------
 
 
 def launch(kernel, programs: int, **arguments):
@@ -355,23 +354,18 @@ def schedule(x: Tensor) -> dict:
                 UPCAST=INTERPRETED and x.dtype == torch.bfloat16)
 
 
-def aligned(x: Tensor) -> Tensor:
-    """x [..., I] as the kernels read it: the numbers of a row side by side, and padded to a multiple of 16 of them, or
-    they could not be copied asynchronously."""
-    return F.pad(x, (0, -x.shape[-1] % 16)) if x.shape[-1] % 16 else x if x.stride(-1) == 1 else x.contiguous()
+def aligned(t: Tensor) -> Tensor:
+    """x [M, I] or w [E, I, O] as the kernels read it: the numbers of a row side by side, and padded to a multiple of 16
+    of them, or they could not be copied asynchronously; w in both dimensions, and a transposed view of it stays one."""
+    if t.dim() == 3 and t.stride(1) == 1 and t.stride(2) != 1:
+        return aligned(t.mT).mT
+    pads = [end for size in reversed(t.shape[1:]) for end in (0, -size % 16)]
+    return F.pad(t, pads) if any(pads) else t if t.stride(-1) == 1 else t.contiguous()
 
 
-def aligned_weight(w: Tensor) -> Tensor:
-    """w [E, I, O], padded in the same way in both dimensions; a transposed view stays one."""
-    if w.stride(1) == 1 and w.stride(2) != 1:
-        return aligned_weight(w.mT).mT
-    pad_i, pad_o = -w.shape[1] % 16, -w.shape[2] % 16
-    return F.pad(w, (0, pad_o, 0, pad_i)) if pad_i or pad_o else w
-
-
-def triton_multiply(x, w, gate, other, r: Routing, fan_in, fan_out):
-    m, n_out, options = len(r.slot), w.shape[2], schedule(x)
-    x, w = aligned(x), aligned_weight(w)
+def triton_multiply(x, w, gate, other, slot, offsets, tiles, fan_in, fan_out):
+    m, n_out, options = len(slot), w.shape[2], schedule(x)
+    x, w = aligned(x), aligned(w)
     i, o = x.shape[1], w.shape[2]  # padded
     if hold := i * x.element_size() <= 256:  # half of the columns: that leaves room to load w ahead
         options |= dict(BN=64, BK=triton.next_power_of_2(i))
@@ -380,28 +374,27 @@ def triton_multiply(x, w, gate, other, r: Routing, fan_in, fan_out):
     blocks, out, product = 1 if hold else triton.cdiv(o, options["BN"]), x.new_empty(m, o), None
     if other is not None:
         other, product = aligned(other), x.new_empty(blocks, m, dtype=torch.float32)
-    launch(rows_kernel, len(r.tiles) * blocks, x=x, w=w, out=out, gate=gate, other=other, product=product, slot=r.slot,
-           offsets=r.offsets, tiles=r.tiles, n_slots=m, n_in=i, n_out=o, fan_in=fan_in, fan_out=fan_out,
-           stride_x=x.stride(0), stride_we=w.stride(0), stride_wi=w.stride(1), stride_wo=w.stride(2),
-           stride_out=o, stride_other=0 if other is None else other.stride(0), BM=block_rows(m, r.n_expert),
-           HOLD=hold, **options)
+    launch(rows_kernel, len(tiles) * blocks, x=x, w=w, out=out, gate=gate, other=other, product=product, slot=slot,
+           offsets=offsets, tiles=tiles, n_slots=m, n_in=i, n_out=o, fan_in=fan_in, fan_out=fan_out,
+           stride_x=x.stride(0), stride_we=w.stride(0), stride_wi=w.stride(1), stride_wo=w.stride(2), stride_out=o,
+           stride_other=0 if other is None else other.stride(0), BM=block_rows(m, len(w)), HOLD=hold, **options)
     if fan_out is not None:
         out = out.view(-1, fan_out, o).sum(1)  # [M / fan_out, O]; torch sums bfloat16 in float32
     return out[:, :n_out].contiguous(), x.new_empty(0, dtype=torch.float32) if product is None else product.sum(0)
 
 
-def triton_dw(x, dout, r: Routing, fan_in, fan_out):
-    n_in, n_out, e, options = x.shape[1], dout.shape[1], r.n_expert, schedule(x)
+def triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out):
+    n_in, n_out, e, options = x.shape[1], dout.shape[1], len(offsets) - 1, schedule(x)
     x, dout = aligned(x), aligned(dout)
     i, o = x.shape[1], dout.shape[1]
     bm, dw = 128 if x.element_size() <= 2 else 64, x.new_empty(e, i, o, dtype=torch.float32)
-    launch(dw_kernel, e * triton.cdiv(i, bm) * triton.cdiv(o, options["BN"]), x=x, dout=dout, dw=dw, slot=r.slot,
-           offsets=r.offsets, heaviest=r.offsets.diff().argsort(descending=True).int(), n_in=i, n_out=o,
+    launch(dw_kernel, e * triton.cdiv(i, bm) * triton.cdiv(o, options["BN"]), x=x, dout=dout, dw=dw, slot=slot,
+           offsets=offsets, heaviest=offsets.diff().argsort(descending=True).int(), n_in=i, n_out=o,
            fan_in=fan_in, fan_out=fan_out, stride_x=x.stride(0), stride_dout=dout.stride(0), BM=bm, **options)
     return dw[:, :n_in, :n_out].contiguous()
 
 
-def triton_top_k(x, k: int):
+def triton_top_k(x: Tensor, k: int) -> Tensor:
     n_expert, expert = x.shape[-1], x.new_empty(*x.shape[:-1], k, dtype=torch.long)
     n, width = x.numel() // n_expert, triton.next_power_of_2(n_expert)
     tokens = max(1024 // width, 1)  # of a program
@@ -410,47 +403,8 @@ def triton_top_k(x, k: int):
     return expert
 
 
-# The custom ops: opaque to torch.compile, which sees their shapes only. Inside, autocast would change the sums --------
-
-
-@torch.library.custom_op("moeut::cvmm", mutates_args=())
-def _multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, slot: Tensor, offsets: Tensor,
-              tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
-    """The operation: [M / fan_out, O]. And, for dgate, the dot products [M] of what each slot gives, before its gate,
-    with its row of other [M / fan_out, O]; [0] without other."""
-    run = torch_multiply if tiles is None else triton_multiply
-    with torch.autocast(x.device.type, enabled=False):
-        return run(x, w, gate, other, Routing(None, len(w), slot, offsets, tiles), fan_in, fan_out)
-
-
-@_multiply.register_fake
-def _(x, w, gate, other, slot, offsets, tiles, fan_in, fan_out):
-    m = slot.shape[0]
-    return x.new_empty(m // (fan_out or 1), w.shape[2]), x.new_empty(0 if other is None else m, dtype=sum_dtype(x))
-
-
-@torch.library.custom_op("moeut::cvmm_dw", mutates_args=())
-def _dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: Tensor | None, fan_in: int | None,
-        fan_out: int | None) -> Tensor:
-    """The gradient of w without gates: [E, I, O], in float32 at least"""
-    run = torch_dw if tiles is None else triton_dw
-    with torch.autocast(x.device.type, enabled=False):
-        return run(x, dout, Routing(None, len(offsets) - 1, slot, offsets, tiles), fan_in, fan_out)
-
-
-@_dw.register_fake
-def _(x, dout, slot, offsets, tiles, fan_in, fan_out):
-    return x.new_empty(offsets.shape[0] - 1, x.shape[1], dout.shape[1], dtype=sum_dtype(x))
-
-
-@torch.library.custom_op("moeut::top_k", mutates_args=())
-def _top_k(x: Tensor, k: int) -> Tensor:
-    return triton_top_k(x, k)
-
-
-@_top_k.register_fake
-def _(x, k):
-    return x.new_empty(*x.shape[:-1], k, dtype=torch.long)
+_top_k = torch.library.custom_op("moeut::top_k", triton_top_k, mutates_args=())
+_top_k.register_fake(lambda x, k: x.new_empty(*x.shape[:-1], k, dtype=torch.long))
 
 
 # Autograd, and the public functions ----------------------------------------------------------------------------------
@@ -476,16 +430,15 @@ class _CVMM(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        (x, w, gate, *routing), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
-        other, slot = None if gate is None else x, routing[0]
-        dx, dgate = _multiply(dout, w.to(x.dtype).mT, gate, other, *routing, fan_out, fan_in)
+        (x, w, gate, slot, *rest), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
+        dx, dgate = _multiply(dout, w.to(x.dtype).mT, gate, None if gate is None else x, slot, *rest, fan_out, fan_in)
         # The gate of dw is multiplied in here, into the narrower operand: torch.compile makes it one pass. The kernel
         # copies its operands to shared memory past the registers, and would be slower if it had to multiply.
         if gate is not None and x.shape[1] <= dout.shape[1]:
             x, fan_in = (gather(x, slot, fan_in) * gate[slot, None]).to(x.dtype), None
         elif gate is not None:
             dout, fan_out = (gather(dout, slot, fan_out) * gate[slot, None]).to(x.dtype), None
-        return dx, _dw(x, dout, *routing, fan_in, fan_out), None if gate is None else dgate, *[None] * 5
+        return dx, _dw(x, dout, slot, *rest, fan_in, fan_out), None if gate is None else dgate, *[None] * 5
 
 
 def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_out: int | None = None,
@@ -498,14 +451,12 @@ def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_
     that of w or, under autocast, autocast's.
     Raises ValueError when sizes or devices do not fit; TypeError for float64 on a GPU.
     """
-    m, tensors = len(routing.expert), dict(x=x, w=w, gate=gate, routing=routing.expert)
-    fits = all(fan is None or fan >= 1 and m % fan == 0 for fan in (fan_in, fan_out))
-    fits = fits and w.dim() == 3 and x.shape == (m // (fan_in or 1), w.shape[1]) and routing.n_expert == len(w)
-    fits = fits and (gate is None or gate.numel() == m)
-    if not fits or len({t.device for t in tensors.values() if t is not None}) > 1:
-        given = ", ".join(f"{k} {tuple(t.shape)} on {t.device}" for k, t in tensors.items() if t is not None)
-        routed = f"the routing's {routing.n_expert} experts"
-        raise ValueError(f"cvmm: fan_in {fan_in}, fan_out {fan_out} and {routed} do not fit {given}.")
+    m, tensors = len(routing.expert), dict(x=x, w=w, routing=routing.expert) | ({} if gate is None else dict(gate=gate))
+    fits = all(fan is None or fan >= 1 and m % fan == 0 for fan in (fan_in, fan_out)) and w.dim() == 3
+    fits = fits and x.shape == (m // (fan_in or 1), w.shape[1]) and len(w) == routing.n_expert
+    if not fits or gate is not None and gate.numel() != m or len({t.device for t in tensors.values()}) > 1:
+        given = ", ".join(f"{k} {tuple(t.shape)} on {t.device}" for k, t in tensors.items())
+        raise ValueError(f"cvmm: {fan_in=}, {fan_out=} and routing to {routing.n_expert} experts do not fit {given}.")
     kind = x.device.type
     x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w.dtype)
     gate = None if gate is None else gate.reshape(-1).contiguous()
@@ -540,17 +491,16 @@ def check(device: str):
     """Output and gradients of a feedforward against the definition in float64, and two runs against each other."""
     for dtype, tolerance in ((torch.float32, 2e-3), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
         *inputs, expert = random_feedforward(200, 200, 150, 3, 2, dtype, device)
-        runs = [feedforward(*inputs, expert) for _ in range(2)]
-        one, two = ([y, *torch.autograd.grad(y.sum(), inputs)] for y in runs)
         x, w_up, w_down, gate = exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
         h = definition(x, w_up, expert.flatten(), fan_in=2).relu()
         y = definition(h, w_down, expert.flatten(), fan_out=2, gate=gate.flatten())
-        want = [y, *torch.autograd.grad(y.sum(), exact)]
+        runs = (exact, y), *((inputs, feedforward(*inputs, expert)) for _ in range(2))
+        want, one, two = ([y, *torch.autograd.grad(y.sum(), given)] for given, y in runs)
         error = max(((a.cpu() - b).abs().max() / b.abs().max()).item() for a, b in zip(one, want, strict=True))
         same = all(map(torch.equal, one, two))
         print(f"{str(dtype)[6:]}: error {error:.1e} of the largest value, two runs {'equal' if same else 'DIFFER'}")
         if not (error < tolerance and same):
-            sys.exit("cvmm is wrong on this device: do not use it.")
+            raise SystemExit("cvmm is wrong on this device: do not use it.")
 
 
 def bench(rounds: int = 15):
@@ -568,11 +518,9 @@ def bench(rounds: int = 15):
             for i, (x, w_up, w_down, *gate) in enumerate((inputs, dense[:3])):
                 start = time.perf_counter()
                 y = feedforward(x, w_up, w_down, *gate, expert) if gate else (x @ w_up[0]).relu() @ w_down[0]
-                torch.autograd.grad(y, (x, w_up, w_down, *gate), dout)
-                if device == "cuda":
-                    torch.cuda.synchronize()
+                torch.autograd.grad(y, (x, w_up, w_down, *gate), dout)[0][0, 0].item()  # waits for a GPU
                 times[i].append(time.perf_counter() - start)
-        ours, one = (statistics.median(t[2:]) for t in times)
+        ours, one = torch.tensor(times)[:, 2:].median(1).values.tolist()
         print(f"{name:5} C {C}, F {F_}, E {E}, K {K}: experts {ours * 1e3:.2f}, dense as large {one * 1e3:.2f}, "
               f"ratio {ours / one:.2f}; {12 * n * K * C * F_ / ours / 1e12:.3f} TFLOP/s")
 

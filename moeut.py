@@ -28,9 +28,13 @@ Letters in the shape comments, code name and meaning:
     F  expert_size   hidden units of an expert          P               rotated dimensions of a head
     A  n_att_expert  experts per head                   J  att_top_k    ... chosen per token and head
 
-Attention and feedforward transform x, and their routers, queries and keys read n, both [B, T, C]. Of the residual
-stream s they get x, n = s, LN(s) with peri-layernorm; LN(s), LN(s) with pre-layernorm; s, s with post-layernorm. They
-return [B, T, C], and the usage of their experts, None if they have none.
+Attention and feedforward get two views of the residual stream s: they transform x, and their queries, keys and routers
+read n. They return y, and the usage of their experts, None if they have none.
+
+    layernorm        x          n          the next s
+    peri             s          LN(s)      s + y
+    pre              LN(s)      LN(s)      s + y
+    post             s          s          LN(s + y)
 """
 
 import math
@@ -44,10 +48,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# cvmm multiplies rows by the matrices of their chosen experts only. A slot is one choice by one token; for each slot s
-#     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]
-# `route` sorts slots by expert. Without fan_in, x has a row for each slot, in that order; without fan_out, out has.
-# `top_k` gives the indices of torch.topk, with a kernel of its own.
+# cvmm multiplies rows by the matrices of their chosen experts only. A slot is one choice by one token; for each slot,
+#     out[slot // fan_out] += gate[slot] * x[slot // fan_in] @ w[expert[slot]]           gates are 1 if left out
+# so fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert:
+# without fan_in, x has a row for each slot, in that sorted order; without fan_out, out has. `top_k` is as torch.topk.
 from cvmm import cvmm, route, top_k
 
 
@@ -68,7 +72,7 @@ class MoEUTConfig:
     top_k: int = 2  # K; compute grows with K * F
     ffn_size: int = 512  # hidden units of a dense feedforward
     attention: Literal["moe", "dense"] = "moe"  # moe is SwitchHead
-    n_att_expert: int = 2  # A for values, A for outputs; with 1: dense ones, and a gate for each head
+    n_att_expert: int = 2  # A for values, A for outputs; with 1, nothing is chosen: see DenseAttention
     att_top_k: int = 1  # J
     layernorm: Literal["peri", "pre", "post"] = "peri"
     dropout: float = 0.0  # on the output of attention and feedforward; 0 in all runs of the paper
@@ -95,7 +99,7 @@ class MoEUTConfig:
         check("att_top_k", self.att_top_k <= self.n_att_expert, f"at most n_att_expert = {self.n_att_expert}")
         check("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}")
         check("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated")
-        check("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post if ffn is dense")
+        check("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post: a dense ffn reads no n")
 
     def macs_per_token(self, context: int | None = None) -> int:
         """Multiply-accumulates of the forward pass of a token that attends to `context` positions, block_size if not
@@ -128,7 +132,7 @@ class Router(nn.Module):
 
     def forward(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """n [B, T, C] -> gate and expert, [B, T, *choices, top_k] both, and in training, for the regulariser, the usage
-        of the experts by each sequence [B, *choices, n_expert]."""
+        of all experts by each sequence [B, *choices, n_expert], a distribution."""
         with torch.autocast(n.device.type, enabled=False):  # in bfloat16 half of the tokens have a tie at the top-K cut
             dtype = torch.promote_types(n.dtype, torch.float32)
             logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
@@ -234,7 +238,8 @@ class SwitchHead(nn.Module):
         self.w_o = normal(c, H * A, D, C, inputs=H * D)
 
     def forward(self, x: Tensor, n: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, Tensor | None]:
-        (B, T, _), (_, H, A), J = x.shape, self.router.shape, self.router.top_k
+        B, T, _ = x.shape
+        (_, H, A), J = self.router.shape, self.router.top_k
         gate, expert, usage = self.router(n)                                # [B, T, 2, H, J] both, [B, 2, H, A]
         qk = F.linear(n, self.w_qk).unflatten(-1, (2, H, -1))                            # [B, T, 2, H, D]
         if A <= 4 and x.device.type == "cpu":  # all experts, with gate 0 if not chosen: a step takes a tenth less time
@@ -254,8 +259,8 @@ class SwitchHead(nn.Module):
 
 
 class DenseAttention(nn.Module):
-    """Multi-head attention without biases. With attention "moe" and one expert per head, where there is nothing to
-    choose, it has a gate on the output of each head."""
+    """Multi-head attention without biases. Also SwitchHead with one expert per head: there is nothing to choose, and of
+    its gates it keeps those of the outputs, one for each head, as in the authors' code."""
 
     def __init__(self, c: MoEUTConfig):
         super().__init__()
@@ -283,18 +288,19 @@ class Layer(nn.Module):
         self.attention = SwitchHead(c) if c.attention == "moe" and c.n_att_expert > 1 else DenseAttention(c)
         self.ffn = SigmaMoE(c) if c.ffn == "moe" else DenseFFN(c)
 
-    def forward(self, x: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, tuple]:
-        """x [B, T, C] -> [B, T, C], and the usage of attention and of feedforward experts, None where there is none."""
-        x, att_usage = self.residual(x, self.ln1, self.attention, rotary, cache)
-        x, ffn_usage = self.residual(x, self.ln2, self.ffn)
-        return x, (att_usage, ffn_usage)
+    def forward(self, s: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, tuple]:
+        """s [B, T, C] -> [B, T, C], and the usage of attention and of feedforward experts, None where there is none."""
+        s, att_usage = self.residual(s, self.ln1, self.attention, rotary, cache)
+        s, ffn_usage = self.residual(s, self.ln2, self.ffn)
+        return s, (att_usage, ffn_usage)
 
-    def residual(self, x: Tensor, ln: nn.LayerNorm, module: nn.Module, *rest):
-        """x + module(x), with the layernorm in its place"""
-        n = x if self.layernorm == "post" else ln(x)
-        y, usage = module(n if self.layernorm == "pre" else x, n, *rest)
-        x = x + self.dropout(y)
-        return ln(x) if self.layernorm == "post" else x, usage
+    def residual(self, s: Tensor, ln: nn.LayerNorm, module: nn.Module, *rest):
+        """s + module(x, n), with the layernorm where the table at the top has it"""
+        n = s if self.layernorm == "post" else ln(s)
+        x = n if self.layernorm == "pre" else s
+        y, usage = module(x, n, *rest)
+        s = s + self.dropout(y)
+        return (ln(s) if self.layernorm == "post" else s), usage
 
 
 class Output(NamedTuple):
@@ -332,26 +338,24 @@ class MoEUT(nn.Module):
         stop = start + idx.shape[1]
         table = self.rotary if stop <= c.block_size else rotary_table(c.head_size, stop, idx.device)
         rotary = table[:, start:stop]                                                    # [2, T, 1, 1, P/2]
-        usage = [[] for _ in self.layers]  # of each layer's experts, an entry for each repeat
 
-        x = self.embedding(idx)                                                          # [B, T, C]
+        s, usage = self.embedding(idx), [[] for _ in self.layers]                        # [B, T, C]
         for i in range(c.n_layer):
             g = i % c.group_size                                                         # A B A B ...
-            layer, args = self.layers[g], (x, rotary, cache and cache[i])
-            x, used = checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
+            layer, args = self.layers[g], (s, rotary, cache and cache[i])
+            s, used = checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
             usage[g].append(used)
-        logits = self.lm_head(self.ln(x))                                                # [B, T, V]
-
-        reg = self.regulariser(usage)
+        logits, reg = self.lm_head(self.ln(s)), self.regulariser(usage)                  # [B, T, V], []
         if targets is None:
             return Output(logits, None, None, reg)
         cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return Output(logits, cross_entropy + reg, cross_entropy, reg)
 
-    def regulariser(self, usage) -> Tensor:
-        """Of each router, with p the usage of its experts by a sequence, averaged over the repeats of the layer: weight
-        * sum p log p, which is 0 when one expert takes all, and -log E when all are used alike; mean over batch and
-        heads, sum over layers. Without it a few experts could win every token, and the others would never learn."""
+    def regulariser(self, usage: list[list[tuple]]) -> Tensor:
+        """Without it a few experts could win every token, and the others would never learn. For each router, p is the
+        usage of its experts by a sequence, averaged over the repeats of its layer. It adds weight * (sum of p log p):
+        0 when one expert takes all, and -log E when all are used alike; mean over batch and heads, sum over G layers.
+        usage: of each of these, a list of what its repeats returned."""
         total = torch.zeros((), device=self.lm_head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None

@@ -671,12 +671,9 @@ def launches(size, n, dtype):
     uses = {"up": (n * K, (E, C, F_), K, None), "down": (n * K, (E, F_, C), None, K),
             "values": (n * H * 2, (H * A, C, D), H * 2, 2), "outputs": (n * H * 2, (H * A, D, C), 2, H * 2)}
 
-    def routed(function, n):  # as in a custom op, whose body does not run on the meta device
-        return lambda *a: function(*a[:n], cvmm.Routing(None, len(a[n + 1]) - 1, *a[n : n + 3]), *a[n + 3 :])
-
     with torch.device("meta"), mock.patch.multiple(
             cvmm, force="Triton", launch=lambda kernel, programs, **arguments: found.append((kernel, arguments)),
-            _multiply=routed(cvmm.triton_multiply, 4), _dw=routed(cvmm.triton_dw, 2)):
+            _multiply=cvmm.triton_multiply, _dw=cvmm.triton_dw):  # the bodies of ops do not run there
         for m, w, fan_in, fan_out in uses.values():
             shapes = (m // (fan_in or 1), w[1]), w
             x, w = (torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes)
@@ -685,21 +682,6 @@ def launches(size, n, dtype):
         cvmm.triton_top_k(torch.empty(n, E), K), cvmm.triton_top_k(torch.empty(n, 2, H, A), 2)
     names = [f"{use} {part}" for use in uses for part in ("forward", "dx", "dw")] + ["router"] * 2
     return [(name, *entry) for name, entry in zip(names, found, strict=True)]
-
-
-@needs_triton
-def test_bytes_that_the_kernels_move():
-    """The feedforward of the 244M model on 65,536 tokens in bfloat16. Every tensor counted once: 12 GB, 8.6 of them
-    the outputs of all slots, written and summed. But four launches gather M x C numbers from tensors of N x C that are
-    larger than any cache: with what they read again it is 20 GB."""
-    once = again = 0
-    for _, _, a in launches("244M", 65536, torch.bfloat16)[:6]:
-        once += sum(t.nbytes for t in a.values() if isinstance(t, torch.Tensor))
-        once += a["out"].nbytes * (1 + 1 / 16) if "out" in a and a["fan_out"] else 0  # read for the sum, and the sum
-        for name, fan in (("x", "fan_in"), ("dout", "fan_out")):
-            if name in a and a[fan]:
-                again += len(a["slot"]) * a[name].shape[1] * 2 - a[name].nbytes
-    assert 11e9 < once < 13e9 and 17e9 < once + again < 20.5e9, (once, again)
 
 
 def compile_kernels(everything):
