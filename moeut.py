@@ -93,10 +93,9 @@ class MoEUTConfig:
                 low, below = 1 if kind is int else 0, 1 if "dropout" in f.name else math.inf
                 ok = type(value) in (int, kind) and low <= value < below
                 check(f.name, ok, f"{kind.__name__}, at least {low} and below {below}")
-        check("top_k", self.top_k <= self.n_expert, f"at most n_expert = {self.n_expert}")
-        check("n_expert", self.n_expert < 2**15, "below 32768")
-        check("n_att_expert", self.n_head * self.n_att_expert < 2**15, f"below 32768 / {self.n_head} heads")
-        check("att_top_k", self.att_top_k <= self.n_att_expert, f"at most n_att_expert = {self.n_att_expert}")
+        check("n_expert", self.top_k <= self.n_expert < 2**15, f"at least top_k = {self.top_k}, and below 32768")
+        check("n_att_expert", self.att_top_k <= self.n_att_expert < 2**15 / self.n_head,
+              f"at least att_top_k = {self.att_top_k}, and below 32768 / {self.n_head} heads")
         check("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}")
         check("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated")
         check("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post: a dense ffn reads no n")
@@ -107,8 +106,8 @@ class MoEUTConfig:
         C, H, D, A, moe = self.n_embd, self.n_head, self.head_size, self.n_att_expert, self.attention == "moe"
         J, gates = (self.att_top_k, 2 * A) if moe and A > 1 else (1, int(moe))
         attention = 2 * H * D * (context or self.block_size) + 2 * (1 + J) * C * H * D + C * H * gates
-        experts = 2 * self.top_k * C * self.expert_size + self.n_expert * C
-        return self.n_layer * (attention + (experts if self.ffn == "moe" else 2 * C * self.ffn_size))
+        ffn = 2 * self.top_k * C * self.expert_size + self.n_expert * C if self.ffn == "moe" else 2 * C * self.ffn_size
+        return self.n_layer * (attention + ffn)
 
 
 def normal(c: MoEUTConfig, *shape: int, inputs: int) -> nn.Parameter:
@@ -181,9 +180,8 @@ class DenseFFN(nn.Module):
 
 def rotary_table(head_size: int, n: int, device=None) -> Tensor:
     """cos and sin [2, n, 1, 1, P/2] for positions 0..n-1. Pairs of dimensions of q and k are turned by an angle
-    that grows with the position, so that their product depends on the distance only. The first P dimensions of a head
-    are rotated: half of them, rounded down to an even number."""
-    P = head_size // 4 * 2
+    that grows with the position, so that their product depends on the distance only."""
+    P = head_size // 4 * 2  # the first half of a head is rotated, rounded down to an even number
     frequency = 10000 ** -(torch.arange(0, P, 2, device=device) / P)                     # [P/2]
     angle = torch.arange(n, device=device).view(-1, 1, 1, 1) * frequency                 # [n, 1, 1, P/2]
     return torch.stack((angle.cos(), angle.sin()))
@@ -234,8 +232,7 @@ class SwitchHead(nn.Module):
         C, H, D, A = c.n_embd, c.n_head, c.head_size, c.n_att_expert
         self.w_qk = normal(c, 2 * H * D, C, inputs=C)
         self.router = Router(c, A, c.att_top_k, choices=(2, H))
-        self.w_v = normal(c, H * A, C, D, inputs=C)
-        self.w_o = normal(c, H * A, D, C, inputs=H * D)
+        self.w_v, self.w_o = normal(c, H * A, C, D, inputs=C), normal(c, H * A, D, C, inputs=H * D)
 
     def forward(self, x: Tensor, n: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, Tensor | None]:
         B, T, _ = x.shape
@@ -288,19 +285,17 @@ class Layer(nn.Module):
         self.attention = SwitchHead(c) if c.attention == "moe" and c.n_att_expert > 1 else DenseAttention(c)
         self.ffn = SigmaMoE(c) if c.ffn == "moe" else DenseFFN(c)
 
-    def forward(self, s: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, tuple]:
+    def forward(self, s: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, list]:
         """s [B, T, C] -> [B, T, C], and the usage of attention and of feedforward experts, None where there is none."""
-        s, att_usage = self.residual(s, self.ln1, self.attention, rotary, cache)
-        s, ffn_usage = self.residual(s, self.ln2, self.ffn)
-        return s, (att_usage, ffn_usage)
-
-    def residual(self, s: Tensor, ln: nn.LayerNorm, module: nn.Module, *rest):
-        """s + module(x, n), with the layernorm where the table at the top has it"""
-        n = s if self.layernorm == "post" else ln(s)
-        x = n if self.layernorm == "pre" else s
-        y, usage = module(x, n, *rest)
-        s = s + self.dropout(y)
-        return (ln(s) if self.layernorm == "post" else s), usage
+        usage = []
+        for ln, module, *rest in (self.ln1, self.attention, rotary, cache), (self.ln2, self.ffn):
+            n = s if self.layernorm == "post" else ln(s)
+            x = n if self.layernorm == "pre" else s
+            y, used = module(x, n, *rest)
+            s = s + self.dropout(y)
+            s = ln(s) if self.layernorm == "post" else s
+            usage.append(used)
+        return s, usage
 
 
 class Output(NamedTuple):
@@ -351,7 +346,7 @@ class MoEUT(nn.Module):
         cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return Output(logits, cross_entropy + reg, cross_entropy, reg)
 
-    def regulariser(self, usage: list[list[tuple]]) -> Tensor:
+    def regulariser(self, usage: list[list]) -> Tensor:
         """Without it a few experts could win every token, and the others would never learn. For each router, p is the
         usage of its experts by a sequence, averaged over the repeats of its layer. It adds weight * (sum of p log p):
         0 when one expert takes all, and -log E when all are used alike; mean over batch and heads, sum over G layers.
@@ -379,10 +374,8 @@ class MoEUT(nn.Module):
             raise ValueError(f"temperature is {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least"
                              " 0, top_k at least 1, top_p above 0 and at most 1.")
 
-        window = self.config.block_size
-
         @torch.inference_mode()
-        def tokens(idx):
+        def tokens(idx, window):
             cache, new = self.new_cache(), idx[:, -window:]                              # new: not in the cache yet
             for _ in range(max_new_tokens):
                 if cache[0].length + new.shape[1] > window:
@@ -392,7 +385,7 @@ class MoEUT(nn.Module):
                 idx = torch.cat((idx, new), dim=1)[:, -window:]
                 yield new.squeeze(1)
 
-        return tokens(idx)  # the arguments are checked now, not when the first token is asked for
+        return tokens(idx, self.config.block_size)  # arguments are checked now, not when the first token is asked for
 
 
 def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
@@ -409,21 +402,7 @@ def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) ->
 
 
 TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")  # the standard one, which the paper compares with
-PRESETS = {
-    # Made for two CPU cores: the five architectures with the same number of parameters, within 0.5%. The Universal
-    # Transformer gets them by its width.
-    "tiny": dict(),  # MoEUT: the defaults above
-    "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=481),
-    "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=100, head_size=25, ffn_size=631),
-    "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=15, expert_size=32, top_k=8),
-    "switchhead-tiny": dict(
-        ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2, ffn_size=441),
-    # MoEUT needs 0.6 of the dense model's multiplications, as at the paper's larger sizes. Its experts are few and
-    # large, because small matmuls keep a CPU waiting.
-    "small": dict(n_embd=256, n_layer=8, head_size=32, n_expert=18, expert_size=320, block_size=256),
-    "dense-small": dict(
-        TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, head_size=32, ffn_size=1024, block_size=256),
-}
+PAPER = dict(vocab_size=8000, block_size=1024)
 PAPER_SIZES = (  # name, C; MoEUT: L, G, H, D, E, K, A; the Transformer with as many parameters: L, H, D, ffn_size
     ("44M", 412, (16, 2, 4, 82, 155, 12, 8), (16, 10, 41, 2053)),
     ("126M", 768, (18, 2, 4, 96, 254, 12, 10), (16, 16, 48, 3072)),
@@ -432,14 +411,23 @@ PAPER_SIZES = (  # name, C; MoEUT: L, G, H, D, E, K, A; the Transformer with as 
     ("727M", 1280, (36, 4, 5, 128, 467, 20, 13), (36, 20, 64, 5120)),
     ("1B", 1536, (36, 4, 6, 128, 565, 24, 12), (36, 24, 64, 6144)),
 )
-PRESETS |= {
-    f"moeut-{size}": dict(vocab_size=8000, block_size=1024, n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D,
-                          n_expert=E, top_k=K, n_att_expert=A, att_top_k=2)
-    for size, C, (L, G, H, D, E, K, A), _ in PAPER_SIZES}
-PRESETS |= {
-    f"dense-{size}": dict(TRANSFORMER, vocab_size=8000, block_size=1024, n_embd=C, n_layer=L, group_size=L, n_head=H,
-                          head_size=D, ffn_size=ffn_size)
-    for size, C, _, (L, H, D, ffn_size) in PAPER_SIZES}
+PRESETS = {
+    # Made for two CPU cores: five architectures with as many parameters, within 0.5%, the Universal one by its width
+    "tiny": dict(),  # MoEUT: the defaults above
+    "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=481),
+    "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=100, head_size=25, ffn_size=631),
+    "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=15, expert_size=32, top_k=8),
+    "switchhead-tiny": dict(
+        ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2, ffn_size=441),
+    # 0.6 of the dense model's MACs, as at the paper's larger sizes; few large experts: small matmuls keep a CPU waiting
+    "small": dict(n_embd=256, n_layer=8, head_size=32, n_expert=18, expert_size=320, block_size=256),
+    "dense-small": dict(
+        TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, head_size=32, ffn_size=1024, block_size=256),
+    **{f"moeut-{size}": dict(PAPER, n_embd=C, n_layer=L, group_size=G, n_head=H, head_size=D, n_expert=E, top_k=K,
+                             n_att_expert=A, att_top_k=2) for size, C, (L, G, H, D, E, K, A), _ in PAPER_SIZES},
+    **{f"dense-{size}": dict(TRANSFORMER, **PAPER, n_embd=C, n_layer=L, group_size=L, n_head=H, head_size=D, ffn_size=n)
+       for size, C, _, (L, H, D, n) in PAPER_SIZES},
+}
 
 
 def preset(name: str, **changes) -> MoEUTConfig:
@@ -450,20 +438,16 @@ def preset(name: str, **changes) -> MoEUTConfig:
 
 
 def from_authors(state_dict: dict[str, Tensor], config: MoEUTConfig) -> MoEUT:
-    """A model with the weights of the authors: of `MoEUTLM` in their repository, github.com/RobertCsordas/moeut, or of
-    the model in their training code, .../moeut_training_code. Shapes do not tell n_layer, top_k, att_top_k, layernorm
-    (nor n_head, if n_att_expert is 1): set those right. Raises ValueError when names or shapes do not fit."""
-    model, parts = MoEUT(config), {}
-    sel_o = "router.w" if config.n_att_expert > 1 else "w_gate"
+    """A model with the authors' weights, from github.com/RobertCsordas/moeut or .../moeut_training_code. Shapes do not
+    tell n_layer, top_k, att_top_k, layernorm (nor n_head, if n_att_expert is 1): set those right. Raises ValueError if
+    names or shapes do not fit."""
+    model, parts, sel_o = MoEUT(config), {}, "router.w" if config.n_att_expert > 1 else "w_gate"
     for name, weight in sorted(state_dict.items(), reverse=True):  # so q comes before k, and sel_v before sel_o
         for theirs, ours in (
-            (r"^(unique_|transformer\.)layers", "layers"), (r"self_attn\.norm", "ln1"), (r"pkm\.norm", "ln2"),
-            (r"(attention|self_attn\.projections)\.[qk](\.weight)?$", "attention.w_qk"),
-            (r"(attention|self_attn\.projections)\.([vo])$", r"attention.w_\2"),
-            (r"(attention\.sel_|self_attn\.selections\.)v$", "attention.router.w"),
-            (r"(attention\.sel_|self_attn\.selections\.)o$", f"attention.{sel_o}"),
-            (r"(ffn|pkm)\.keys$", "ffn.w_up"), (r"(ffn|pkm)\.values$", "ffn.w_down"),
-            (r"(ffn|pkm)\.expert_sel$", "ffn.router.w"), (r"^out_norm", "ln"), (r"^output", "lm_head"),
+            (r"unique_|transformer\.|projections\.", ""), ("self_attn.norm", "ln1"), ("pkm.norm", "ln2"),
+            ("self_attn", "attention"), ("pkm", "ffn"), ("selections.", "sel_"), ("^output", "lm_head"),
+            (r"\.[qk](\.weight)?$", ".w_qk"), (r"\.([vo])$", r".w_\1"), ("sel_v$", "router.w"), ("sel_o$", sel_o),
+            ("keys$", "w_up"), ("values$", "w_down"), ("expert_sel$", "router.w"), ("^out_norm", "ln"),
         ):
             name = re.sub(theirs, ours, name)
         if not name.endswith((".iter", ".kv_sel_counts_100")):  # statistics
