@@ -50,8 +50,9 @@ from torch.utils.checkpoint import checkpoint
 
 # cvmm multiplies rows by the matrices of their chosen experts only. A slot is one choice by one token; for each slot,
 #     out[slot // fan_out] += gate[slot] * x[slot // fan_in] @ w[expert[slot]]           gates are 1 if left out
-# so fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert:
-# without fan_in, x has a row for each slot, in that sorted order; without fan_out, out has. `top_k` is as torch.topk.
+# so fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert.
+# If fan_in is left out, which is not 1, x has a row for each slot, in sorted order; without fan_out, out has. `top_k`
+# gives the indices of torch.topk.
 from cvmm import cvmm, route, top_k
 
 
@@ -130,8 +131,8 @@ class Router(nn.Module):
         self.w = normal(c, math.prod(self.shape), c.n_embd, inputs=c.n_embd)
 
     def forward(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """n [B, T, C] -> gate and expert, [B, T, *choices, top_k] both, and in training, for the regulariser, the usage
-        of all experts by each sequence [B, *choices, n_expert], a distribution."""
+        """n [B, T, C] -> gate and expert, [B, T, *choices, top_k] both; and in training, for the regulariser, the usage
+        of all experts by each sequence [B, *choices, n_expert]: not a count, but a mean softmax."""
         with torch.autocast(n.device.type, enabled=False):  # in bfloat16 half of the tokens have a tie at the top-K cut
             dtype = torch.promote_types(n.dtype, torch.float32)
             logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
@@ -256,8 +257,8 @@ class SwitchHead(nn.Module):
 
 
 class DenseAttention(nn.Module):
-    """Multi-head attention without biases. Also SwitchHead with one expert per head: there is nothing to choose, and of
-    its gates it keeps those of the outputs, one for each head, as in the authors' code."""
+    """Multi-head attention without biases. Also SwitchHead with one expert per head, as the authors have it: nothing is
+    chosen, and only the gates of the outputs stay, one for each head."""
 
     def __init__(self, c: MoEUTConfig):
         super().__init__()
@@ -317,7 +318,7 @@ class MoEUT(nn.Module):
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.group_size))
         self.ln = nn.Identity() if c.layernorm == "post" else nn.LayerNorm(c.n_embd)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size)  # with a bias, not tied to the embedding
-        # Not made anew in forward, where torch.compile would compute a cosine for every head and dimension
+        # Made here, as torch.compile would compute these cosines in forward, anew for every head and dimension
         self.register_buffer("rotary", rotary_table(c.head_size, c.block_size), persistent=False)
 
     def new_cache(self) -> list[LayerCache]:
@@ -350,7 +351,7 @@ class MoEUT(nn.Module):
         """Without it a few experts could win every token, and the others would never learn. For each router, p is the
         usage of its experts by a sequence, averaged over the repeats of its layer. It adds weight * (sum of p log p):
         0 when one expert takes all, and -log E when all are used alike; mean over batch and heads, sum over G layers.
-        usage: of each of these, a list of what its repeats returned."""
+        usage[g]: what each repeat of layer g returned."""
         total = torch.zeros((), device=self.lm_head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
