@@ -653,7 +653,7 @@ def compile_kernels(everything):
             get_current_stream=lambda device: None))
         torch.backends.cuda.matmul.fp32_precision = "tf32" if form == "tf32" else "ieee"
         c, dtype = preset(f"moeut-{size}"), torch.float32 if form == "tf32" else getattr(torch, form)
-        # A training step through one layer, on the meta device: it has sizes only, no autocast, and no bodies of ops
+        # A training step through one layer, on the meta device: no number to wait for, no autocast, no bodies of ops
         with (torch.device("meta"), mock.patch("torch.autocast"), mock.patch("torch.is_autocast_enabled", lambda _: 0),
               mock.patch("cvmm.launch") as launch, mock.patch.multiple(
                   cvmm, force="Triton", _multiply=cvmm.triton_multiply, _dw=cvmm.triton_dw, _top_k=cvmm.triton_top_k)):
