@@ -94,9 +94,10 @@ class MoEUTConfig:
                 low, below = 1 if kind is int else 0, 1 if "dropout" in f.name else math.inf
                 ok = type(value) in (int, kind) and low <= value < below
                 check(f.name, ok, f"{kind.__name__}, at least {low} and below {below}")
-        check("n_expert", self.top_k <= self.n_expert < 2**15, f"at least top_k = {self.top_k}, and below 32768")
-        check("n_att_expert", self.att_top_k <= self.n_att_expert < 2**15 / self.n_head,
-              f"at least att_top_k = {self.att_top_k}, and below 32768 / {self.n_head} heads")
+        check("top_k", self.top_k <= self.n_expert, f"at most n_expert = {self.n_expert}")
+        check("n_expert", self.n_expert < 2**15, "below 32768")
+        check("n_att_expert", self.n_head * self.n_att_expert < 2**15, f"below 32768 / {self.n_head} heads")
+        check("att_top_k", self.att_top_k <= self.n_att_expert, f"at most n_att_expert = {self.n_att_expert}")
         check("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}")
         check("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated")
         check("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post: a dense ffn reads no n")

@@ -74,7 +74,7 @@ def make(**changes) -> MoEUT:
 
 
 FAMILY = {
-    "MoEUT": dict(), "MoEUT pre": dict(layernorm="pre"), "MoEUT post": dict(layernorm="post", top_k=6, att_top_k=1),
+    "MoEUT": dict(), "MoEUT pre": dict(layernorm="pre"), "MoEUT post": dict(layernorm="post"),
     "MoEUT all experts": dict(n_att_expert=4), "MoEUT one expert per head": dict(n_att_expert=1, att_top_k=1),
     "sigma-MoE": dict(attention="dense", group_size=4), "SwitchHead": dict(ffn="dense", layernorm="pre", group_size=4),
     "Transformer": dict(TRANSFORMER, group_size=4), "Universal Transformer": dict(TRANSFORMER, group_size=1),
@@ -387,14 +387,22 @@ def test_routing_is_in_float32_under_autocast_and_in_float64_in_such_a_model():
 
 @pytest.mark.parametrize("length, n", [(1, 15), (16, 1), (3, 25), (30, 12)])
 def test_generate(length, n):
-    """Temperature 0: the likeliest token. A full context loses its older half."""
+    """Temperature 0, top_k 1, tiny top_p: the likeliest token. A full context loses its older half. Seeds count."""
     model, idx = make().eval(), tokens(3, length)
-    context, new = idx[:, -16:], list(model.generate(idx, n, temperature=0))
-    for i, token in enumerate(new):  # without a cache
+
+    def generate(idx, seed=0, **options):
+        rng = torch.Generator().manual_seed(seed)
+        return torch.stack(list(model.generate(idx, n, generator=rng, **options)), dim=1)
+
+    context = idx[:, -16:]
+    for i, token in enumerate(new := generate(idx, temperature=0).T):  # without a cache
         context = context[:, -8:] if i and context.shape[1] > 16 else context
         assert torch.equal(token, model(context).logits[:, -1].argmax(-1))
         context = torch.cat((context, token[:, None]), dim=1)
-    assert len(new) == n and (len(torch.cat(new).unique()) > 2 or n == 1)  # one that repeats itself would prove little
+    assert len(new) == n and (len(new.unique()) > 2 or n == 1)  # a model that repeats itself would prove little
+    assert torch.equal(new.T, generate(idx, top_k=1)) and torch.equal(new.T, generate(idx, top_p=1e-6))
+    assert torch.equal(new.T[1:2], generate(idx[1:2], temperature=0))
+    assert torch.equal(generate(idx), generate(idx)) and not torch.equal(generate(idx), generate(idx, seed=1))
 
 
 @pytest.mark.parametrize("options, expected", [
@@ -417,8 +425,9 @@ def test_sampling_distribution(options, expected):
         *itertools.product([f.name for f in fields(MoEUTConfig) if f.type is int], (0, 2.0)), ("n_layer", 5),
         ("top_k", 17), ("att_top_k", 6), ("n_att_expert", 2**14), ("n_head", True), ("head_size", 3), ("ffn", "sparse"),
         ("attention", "linear"), ("layernorm", "none"), ("dropout", 1.0), ("dropout", -0.1), ("expert_dropout", 1.0),
-        ("ffn_reg", math.nan), ("ffn_reg", "much"), ("att_reg", math.inf), ("group_size", 5))),
-    ("layernorm", lambda m: tiny(ffn="dense")), ("'huge'", lambda m: preset("huge")),
+        ("ffn_reg", math.nan), ("ffn_reg", "much"), ("att_reg", math.inf))),
+    ("n_layer", lambda m: tiny(group_size=5)), ("layernorm", lambda m: tiny(ffn="dense")),
+    ("'huge'", lambda m: preset("huge")),
     *(("shape", lambda m, s=shape: m(tokens(*s))) for shape in ((16,), (2, 0), (0, 4))),
     *(("shape", lambda m, s=shape: m(tokens(2, 8), tokens(*s))) for shape in ((8, 2), (16,), (2, 7))),
     *(("shape", lambda m, s=shape: m.generate(tokens(*s), 1)) for shape in ((16,), (2, 0), (0, 4))),
@@ -896,9 +905,13 @@ def test_resume_changes_no_bit(number, dtype, other, run):
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device", "out/last.pt"), RuntimeError("of torch")])
 def test_a_full_disk_keeps_the_last_checkpoint(failure, run, done, monkeypatch):
     """And no half of another. What a run that was killed has left goes when the run goes on."""
+    def full(_, file):
+        file.write(b"half of it")
+        raise failure
+
     before = Path("out/last.pt").read_bytes()
-    with (mock.patch("torch.save", side_effect=failure),
-          pytest.raises(SystemExit, match="^out/last.pt.*(No space|disk full).*$")):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^out/last.pt.*(No space|disk full).*$"):
+        patch.setattr(torch, "save", full)
         run(train, "--resume", "--steps=9")
     assert Path("out/last.pt").read_bytes() == before and not list(Path("out").glob("*.part"))
     Path("out/last.pt.1.part").touch()
