@@ -8,14 +8,14 @@
 import functools
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from moeut import PRESETS, MoEUT, MoEUTConfig, preset
-from train import RECIPES, Options, Trainer, cli, option, parse, pick_device, read_checkpoint
+from moeut import PRESETS, MoEUT, MoEUTConfig
+from train import RECIPES, Options, Trainer, cli, macs_per_token, option, parse, pick_device, read_checkpoint
 
 PAIRS = {name: f"dense-{name.split('-')[-1]}" for name in PRESETS if name in ("tiny", "small") or "moeut" in name}
 OPTIMIZER = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip init_from".split()
@@ -35,13 +35,13 @@ def bench(b: BenchOptions, rounds: int = 9):
     """Medians of a training step and of decoding in the middle of the context, timed in turn, and their ratios."""
     names, device = (b.preset, PAIRS[b.preset]), pick_device(b.device)
     o = Options(**RECIPES[b.preset] | dict(dtype=b.dtype, compile=b.compile))
-    models = [MoEUT(preset(name)) for name in names]
+    models = [MoEUT(PRESETS[name]) for name in names]
     c = models[0].config  # both have the same vocabulary and block_size
     x = torch.randint(c.vocab_size, (b.batch_size or o.batch_size, c.block_size)).to(device)
     steps = [functools.partial(Trainer(model, o, device).step, [(x, x)], 1e-3) for model in models]
     texts = [functools.partial(next, model.generate(x[:1, : c.block_size // 2], 10**6)) for model in models]
     table = {"parameters": [sum(p.numel() for p in model.parameters()) for model in models],
-             "MACs per token": [model.config.macs_per_token() for model in models]}
+             "MACs per token": [macs_per_token(model.config, c.block_size) for model in models]}
     for what, pair, repeats in ((f"step of {x.numel()} tokens, ms", steps, 1), ("decoding a token, ms", texts, 10)):
         times = np.zeros((rounds + 2, 2))
         for model in models:
@@ -75,11 +75,11 @@ def compare(folders: list[str]):
         for k, v in conditions.items():
             if v != (common := common or conditions)[k]:
                 sys.exit(f"These cannot be compared: {k} is {common[k]} in {folders[0]} and {v} in {folder}.")
-        changed = set(asdict(c).items()) - set(asdict(preset(o.preset, vocab_size=c.vocab_size)).items())
+        changed = set(asdict(c).items()) - set(asdict(replace(PRESETS[o.preset], vocab_size=c.vocab_size)).items())
         recipe = Options(**RECIPES[o.preset])
         changed |= {(k, getattr(o, k)) for k in OPTIMIZER if getattr(o, k) != getattr(recipe, k)}
         name = " ".join([o.preset, *sorted(f"{k}={v}" for k, v in changed)])
-        groups.setdefault((name, c.macs_per_token()), []).append(result)
+        groups.setdefault((name, macs_per_token(c, c.block_size)), []).append(result)
     print(f"{common['step']} steps of {common['tokens_per_step']} tokens; bits per byte: mean, lowest, highest\n"
           f"{'model':40} runs   MACs/token bits/byte     low    high  seconds    MiB")
     for (name, macs), runs in sorted(groups.items(), key=lambda group: np.mean(group[1], axis=0)[0]):

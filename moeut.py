@@ -56,7 +56,7 @@ from torch.utils.checkpoint import checkpoint
 from cvmm import cvmm, route, top_k
 
 
-@dataclass
+@dataclass(frozen=True)
 class MoEUTConfig:
     """All sizes and switches of a model. Raises ValueError, in one sentence, if they do not fit."""
 
@@ -101,15 +101,6 @@ class MoEUTConfig:
         check("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}")
         check("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated")
         check("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post: a dense ffn reads no n")
-
-    def macs_per_token(self, context: int | None = None) -> int:
-        """Multiply-accumulates of the forward pass of a token that attends to `context` positions, block_size if not
-        given, without embedding and lm_head: the paper's formula, which does not halve attention for causality."""
-        C, H, D, A, moe = self.n_embd, self.n_head, self.head_size, self.n_att_expert, self.attention == "moe"
-        J, gates = (self.att_top_k, 2 * A) if moe and A > 1 else (1, int(moe))
-        attention = 2 * H * D * (context or self.block_size) + 2 * (1 + J) * C * H * D + C * H * gates
-        ffn = 2 * self.top_k * C * self.expert_size + self.n_expert * C if self.ffn == "moe" else 2 * C * self.ffn_size
-        return self.n_layer * (attention + ffn)
 
 
 def normal(c: MoEUTConfig, *shape: int, inputs: int) -> nn.Parameter:
@@ -376,6 +367,9 @@ class MoEUT(nn.Module):
             raise ValueError(f"temperature is {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least"
                              " 0, top_k at least 1, top_p above 0 and at most 1.")
 
+        if temperature == 0:
+            temperature, top_k = 1.0, 1
+
         @torch.inference_mode()
         def tokens(idx, window):
             cache, new = self.new_cache(), idx[:, -window:]                              # new: not in the cache yet
@@ -383,24 +377,17 @@ class MoEUT(nn.Module):
                 if cache[0].length + new.shape[1] > window:
                     cache, new = self.new_cache(), idx[:, -max(window // 2, 1):]
                 logits = self(new, cache=cache).logits[:, -1].float()                    # [B, V]
-                new = sample_token(logits, temperature, top_k, top_p, generator)         # [B, 1]
+                logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, which cannot overflow
+                p, token = logits.softmax(-1).sort(-1, descending=True)                  # [B, V] both
+                if top_k is not None:
+                    p[:, top_k:] = 0
+                if top_p is not None:
+                    p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
+                new = token.gather(-1, p.multinomial(1, generator=generator))            # [B, 1]
                 idx = torch.cat((idx, new), dim=1)[:, -window:]
                 yield new.squeeze(1)
 
         return tokens(idx, self.config.block_size)  # arguments are checked now, not when the first token is asked for
-
-
-def sample_token(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
-    """[B, V] -> [B, 1]"""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, which cannot overflow
-    p, token = logits.softmax(-1).sort(-1, descending=True)                              # [B, V] both
-    if top_k is not None:
-        p[:, top_k:] = 0
-    if top_p is not None:
-        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
-    return token.gather(-1, p.multinomial(1, generator=generator))
 
 
 TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")  # the standard one, which the paper compares with
@@ -413,14 +400,14 @@ PAPER_SIZES = (  # name, C; MoEUT: L, G, H, D, E, K, A; the Transformer with as 
     ("727M", 1280, (36, 4, 5, 128, 467, 20, 13), (36, 20, 64, 5120)),
     ("1B", 1536, (36, 4, 6, 128, 565, 24, 12), (36, 24, 64, 6144)),
 )
-PRESETS = {
+PRESETS = {name: MoEUTConfig(**sizes) for name, sizes in {
     # Made for two CPU cores: five architectures with as many parameters, within 0.5%, the Universal one by its width
     "tiny": dict(),  # MoEUT: the defaults above
     "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=481),
     "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=100, head_size=25, ffn_size=631),
     "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=15, expert_size=32, top_k=8),
     "switchhead-tiny": dict(
-        ffn="dense", layernorm="pre", group_size=4, n_head=2, n_att_expert=4, att_top_k=2, ffn_size=441),
+        TRANSFORMER, attention="moe", group_size=4, n_head=2, n_att_expert=4, att_top_k=2, ffn_size=441),
     # 0.6 of the dense model's MACs, as at the paper's larger sizes; few large experts: small matmuls keep a CPU waiting
     "small": dict(n_embd=256, n_layer=8, head_size=32, n_expert=18, expert_size=320, block_size=256),
     "dense-small": dict(
@@ -429,14 +416,7 @@ PRESETS = {
                              n_att_expert=A, att_top_k=2) for size, C, (L, G, H, D, E, K, A), _ in PAPER_SIZES},
     **{f"dense-{size}": dict(TRANSFORMER, **PAPER, n_embd=C, n_layer=L, group_size=L, n_head=H, head_size=D, ffn_size=n)
        for size, C, _, (L, H, D, n) in PAPER_SIZES},
-}
-
-
-def preset(name: str, **changes) -> MoEUTConfig:
-    """The config of that name, with some fields changed. Raises ValueError for an unknown name."""
-    if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}: choose one of {', '.join(PRESETS)}.")
-    return MoEUTConfig(**{**PRESETS[name], **changes})
+}.items()}
 
 
 def from_authors(state_dict: dict[str, Tensor], config: MoEUTConfig) -> MoEUT:

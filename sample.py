@@ -13,14 +13,14 @@ import itertools
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from moeut import MoEUT, Router, from_authors, preset
+from moeut import PRESETS, MoEUT, Router, from_authors
 from text import SentencePiece, Tokenizer
 from train import Options, cli, load_model, option, parse, pick_device, read_checkpoint
 
@@ -40,7 +40,7 @@ class SampleOptions:
     tasks: tuple = option((), "scores: tasks of the lm-evaluation-harness, or folders or YAML files of your own")
     limit: int = option(0, "documents of each task; 0 takes all", 0)
     tokenizer: str = option("", "the SentencePiece .model, for weights of the paper's authors")
-    preset: str = option("", "the model, for weights of the paper's authors")
+    preset: str = option("", "the model, for weights of the paper's authors", choices=PRESETS)
     device: str = option("auto", "auto is cuda, or else cpu; also cuda:1, mps")
 
 
@@ -60,7 +60,7 @@ def load(o: SampleOptions) -> tuple[MoEUT, Tokenizer]:
             sys.exit(f"{path} was trained with {name} {args[name]}: only {known} is known here.")
     try:
         weights = stored.get("model", stored)
-        model = from_authors(weights, preset(o.preset, vocab_size=len(weights["embedding.weight"])))
+        model = from_authors(weights, replace(PRESETS[o.preset], vocab_size=len(weights["embedding.weight"])))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         sys.exit(f"{path}: {e}")
     if (tokenizer := SentencePiece(o.tokenizer)).n_vocab != model.config.vocab_size:

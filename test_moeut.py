@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -33,7 +33,7 @@ import moeut
 import sample
 import text
 import train
-from moeut import TRANSFORMER, MoEUT, MoEUTConfig, Router, preset, rotary_table
+from moeut import PRESETS, TRANSFORMER, MoEUT, MoEUTConfig, Router, rotary_table
 
 torch.set_num_threads(1)  # the tensors are so small that more threads wait for each other
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -217,12 +217,12 @@ def test_parameters_and_macs_of_the_presets():
     for size, *counts in (
         ("44M", 44_345_792, 44_544_264), ("126M", 125_669_696, 125_654_336), ("244M", 243_326_784, 243_568_700),
         ("318M", 318_107_456, 319_293_584), ("727M", 727_424_320, 728_694_080), ("1B", 1_040_319_296, 1_044_300_608)):
-        assert [count(preset(f"{kind}-{size}")) for kind in ("moeut", "dense")] == counts
+        assert [count(PRESETS[f"{kind}-{size}"]) for kind in ("moeut", "dense")] == counts
     for size, ratio in (("44M", 0.88), ("244M", 0.60)):
-        ours, theirs = (preset(f"{kind}-{size}").macs_per_token() for kind in ("moeut", "dense"))
+        ours, theirs = (train.macs_per_token(PRESETS[f"{kind}-{size}"], 1024) for kind in ("moeut", "dense"))
         assert ours / theirs == pytest.approx(ratio, abs=0.01)
     for name in ("dense-tiny", "universal-tiny", "sigma-moe-tiny", "switchhead-tiny", "dense-small"):
-        assert count(preset(name)) == pytest.approx(count(preset(name.split("-")[-1])), rel=0.005), name
+        assert count(PRESETS[name]) == pytest.approx(count(PRESETS[name.split("-")[-1]]), rel=0.005), name
 
 
 @family
@@ -235,7 +235,7 @@ def test_macs_are_those_that_torch_counts(changes):
     with FlopCounterMode(display=False, custom_mapping=formulas) as forward, sdpa_kernel(SDPBackend.MATH):
         MoEUT(c)(tokens(2, 16))
     c = replace(c, att_top_k=4) if c.n_att_expert == 4 else c  # a CPU multiplies by all of so few
-    assert forward.get_total_flops() == 2 * 32 * (c.macs_per_token() + c.n_embd * c.vocab_size)  # 2 operations each
+    assert forward.get_total_flops() / 2 / 32 == train.macs_per_token(c, 16) + c.n_embd * c.vocab_size
 
 
 @pytest.mark.parametrize("kind", [dict(), TRANSFORMER], ids=["moe", "dense"])
@@ -327,14 +327,14 @@ def test_dropout_and_recompute():
     assert torch.equal(model.eval()(idx).logits, model(idx).logits)
 
 
-@pytest.mark.parametrize("name, training", [
-    ("MoEUT", True), ("MoEUT", False), ("MoEUT all experts", True), ("Transformer", True)])
+@pytest.mark.parametrize("name, training, n_layer", [
+    ("MoEUT", True, 2), ("MoEUT", False, 1), ("MoEUT all experts", True, 1), ("Transformer", True, 1)])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=[
     pytest.mark.slow, pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")])])
-def test_compile(compiler, name, training):
+def test_compile(compiler, name, training, n_layer):
     """One graph, whatever the experts chosen; for two batches, without a second compilation."""
     torch.compiler.reset()
-    model = MoEUT(tiny(**FAMILY[name] | dict(n_layer=2, group_size=1))).train(training)
+    model = MoEUT(tiny(**FAMILY[name] | dict(n_layer=n_layer, group_size=1))).train(training)
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     for stance in ("default", "fail_on_recompile"):
         idx = tokens(4, 16)
@@ -343,9 +343,9 @@ def test_compile(compiler, name, training):
 
 
 def test_compiling_casts_each_weight_once():
-    """Not once per repeat: three of each layer here. And no cosine: they are in a table."""
+    """Not once per repeat: two of each layer here. And no cosine: they are in a table."""
     torch.compiler.reset()
-    model, idx = MoEUT(tiny(n_layer=3, group_size=1)), tokens(2, 16)
+    model, idx = MoEUT(tiny(n_layer=2, group_size=1)), tokens(2, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
     with torch.autocast("cpu", torch.bfloat16):
         compiled(idx, idx)
@@ -412,10 +412,11 @@ def test_generate(length, n):
     (dict(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9]), (dict(temperature=1e-37), [0.0, 1, 0, 0]),
     (dict(top_k=3, top_p=0.72), [0, 4 / 7, 0, 3 / 7])], ids=str)  # top_p of what top_k left: 4/9 + 3/9
 def test_sampling_distribution(options, expected):
-    logits = (torch.tensor([0.1, 0.4, 0.2, 0.3]).log() + 50).expand(40_000, 4)
-    options = dict(temperature=1.0, top_k=None, top_p=None) | options
-    drawn = moeut.sample_token(logits, generator=torch.Generator().manual_seed(0), **options)
-    frequency = drawn.flatten().bincount(minlength=4) / len(drawn)
+    model = MoEUT(tiny(**TRANSFORMER, vocab_size=4, n_layer=1, group_size=1)).eval()
+    model.lm_head.weight.data.zero_()
+    model.lm_head.bias.data = torch.tensor([0.1, 0.4, 0.2, 0.3]).log() + 50
+    (drawn,) = model.generate(tokens(40_000, 1) % 4, 1, generator=torch.Generator().manual_seed(0), **options)
+    frequency = drawn.bincount(minlength=4) / len(drawn)
     torch.testing.assert_close(frequency, torch.tensor(expected), rtol=0, atol=0.012)
     assert (frequency[torch.tensor(expected) == 0] == 0).all()
 
@@ -427,7 +428,6 @@ def test_sampling_distribution(options, expected):
         ("attention", "linear"), ("layernorm", "none"), ("dropout", 1.0), ("dropout", -0.1), ("expert_dropout", 1.0),
         ("ffn_reg", math.nan), ("ffn_reg", "much"), ("att_reg", math.inf))),
     ("n_layer", lambda m: tiny(group_size=5)), ("layernorm", lambda m: tiny(ffn="dense")),
-    ("'huge'", lambda m: preset("huge")),
     *(("shape", lambda m, s=shape: m(tokens(*s))) for shape in ((16,), (2, 0), (0, 4))),
     *(("shape", lambda m, s=shape: m(tokens(2, 8), tokens(*s))) for shape in ((8, 2), (16,), (2, 7))),
     *(("shape", lambda m, s=shape: m.generate(tokens(*s), 1)) for shape in ((16,), (2, 0), (0, 4))),
@@ -466,7 +466,7 @@ CHOICES = {  # of one of n experts, for m slots
 FANS = {"up": (3, None), "down": (None, 3), "values": (6, 2), "outputs": (2, 6), "rows": (None, None), "slots": (1, 1)}
 
 
-def case(fans, choice="random", n_token=11, n_in=19, n_out=23, n_expert=7, gated=True, dtype=None, view=lambda t: t):
+def case(fans, choice="random", n_token=11, n_in=19, n_out=23, n_expert=6, gated=True, dtype=None, view=lambda t: t):
     """cvmm and its definition as functions of x, w, gate; and these. cvmm gets them as `view` arranges the numbers."""
     fan_in, fan_out = fans
     m = n_token * max(fan_in or 1, fan_out or 1)
@@ -494,16 +494,17 @@ def among_nans(t):
 
 
 @pytest.mark.parametrize("fans, what", [
-    *itertools.product(FANS.values(), [*(dict(choice=choice) for choice in CHOICES), dict(gated=False), dict(n_token=0),
+    *itertools.product(FANS.values(), [dict(choice="skewed"), dict(choice="gaps"), dict(gated=False), dict(n_token=0),
                                        dict(n_token=0, gated=False)]),
     *(((2, 6), what) for what in (
-        dict(n_token=1), dict(n_in=1, n_out=1, n_expert=1), dict(n_token=30, n_in=140, n_out=136, n_expert=2),
-        dict(n_token=60, n_in=150, n_out=64, n_expert=3), dict(n_token=30, n_in=16, n_out=150, n_expert=2),
+        dict(choice="one"), dict(n_token=1), dict(n_in=1, n_out=1, n_expert=1), dict(dtype=torch.int32),
+        dict(n_token=30, n_in=140, n_out=136, n_expert=2), dict(n_token=30, n_in=16, n_out=150, n_expert=2),
+        dict(n_token=60, n_in=150, n_out=64, n_expert=3), dict(view=lambda t: F.pad(t, (3, 2))[..., 3:-2]),
         dict(n_token=4, n_expert=257, dtype=torch.uint8), dict(n_token=4, n_expert=129, dtype=torch.int8),
         dict(n_token=30, n_in=48, n_out=16, n_expert=12, view=among_nans), dict(n_in=80, n_out=48, view=among_nans),
         dict(n_token=60, n_in=80, n_out=80, n_expert=3, view=among_nans), dict(view=lambda t: t.mT.contiguous().mT),
-        dict(view=lambda t: F.pad(t, (3, 2))[..., 3:-2]), dict(view=lambda t: t.repeat_interleave(2, -1)[..., ::2]),
-        dict(n_in=16, n_out=32, view=lambda t: t.mT.contiguous().mT), dict(dtype=torch.int32)))])
+        dict(view=lambda t: t.repeat_interleave(2, -1)[..., ::2]),
+        dict(n_in=16, n_out=32, view=lambda t: t.mT.contiguous().mT)))])
 def test_cvmm(path, fans, what):
     """Output and every gradient; and two runs are equal bit for bit. No token or one; one expert; several tiles and
     blocks; more experts than their integers can count; rows with gaps between their numbers, or with others beside."""
@@ -619,7 +620,7 @@ def test_model_trains(dtype, tolerance, monkeypatch):
     def losses(path, steps):
         monkeypatch.setattr(cvmm, "force", path)
         torch.manual_seed(0)
-        model, idx = MoEUT(tiny(n_layer=2, group_size=1, n_head=1, n_expert=3)), tokens(1, 6).to(DEVICE)
+        model, idx = MoEUT(tiny(n_layer=1, group_size=1, n_head=1, n_expert=3)), tokens(1, 6).to(DEVICE)
         trainer = train.Trainer(model, train.Options(dtype=dtype, compile="no"), torch.device(DEVICE))
         return [trainer.step([(idx[:, :-1], idx[:, 1:])], 1e-2)[0] for _ in range(steps)]
 
@@ -661,7 +662,7 @@ def compile_kernels(everything):
             get_current_target=lambda gpu=gpu: GPUTarget(*gpus[gpu]), get_current_device=lambda gpu=gpu: gpu,
             get_current_stream=lambda device: None))
         torch.backends.cuda.matmul.fp32_precision = "tf32" if form == "tf32" else "ieee"
-        c, dtype = preset(f"moeut-{size}"), torch.float32 if form == "tf32" else getattr(torch, form)
+        c, dtype = PRESETS[f"moeut-{size}"], torch.float32 if form == "tf32" else getattr(torch, form)
         # A training step through one layer, on the meta device: no number to wait for, no autocast, no bodies of ops
         with (torch.device("meta"), mock.patch("torch.autocast"), mock.patch("torch.is_autocast_enabled", lambda _: 0),
               mock.patch("cvmm.launch") as launch, mock.patch.multiple(
@@ -868,12 +869,12 @@ def test_train_then_sample(run):
 
 
 def test_learns_from_context(run):
-    """60 steps on code of the standard library: knowing how frequent each token is would give 2.8 bits."""
+    """40 steps on code of the standard library: knowing how frequent each token is would give 2.8 bits."""
     files = [Path(os.__file__).with_name(name) for name in ("typing.py", "ast.py", "shutil.py", "argparse.py")]
     Path("code.txt").write_bytes(b"".join(map(Path.read_bytes, files)))  # one document, so that its end is validation
-    run(train, *"--steps=60 --tokens_per_step=512 --batch_size=8 --block_size=64 --vocab_size=512".split(),
+    run(train, *"--steps=40 --tokens_per_step=512 --batch_size=8 --block_size=64 --vocab_size=512".split(),
         "--eval_tokens=1024", "--sample_tokens=0", "--data=code.txt")
-    assert logged("out", "val_bits_per_byte")[60] < 2.5 and {*files} < {*text.find_files([])}
+    assert logged("out", "val_bits_per_byte")[40] < 2.5 and {*files} < {*text.find_files([])}
 
 
 @pytest.mark.parametrize("number, dtype, other", [
@@ -1023,21 +1024,19 @@ def test_sample(run, done):
     assert ended.out == ("1\n" + "-" * 60 + "\n") * 2 and re.fullmatch("2 tokens in .* tokens/s on cpu\n", ended.err)
 
 
-@pytest.mark.parametrize("code", [0, 130, 141])
+@pytest.mark.parametrize("code", [130, 141])
 def test_terminals(code, done):
     """One that is not UTF-8; the prompt in standard input; no traceback after Ctrl-C (130), or `| head` (141)."""
     set_end(-1e9)
-    options = ["--prompt_file=-", "--device=cpu", f"--max_new_tokens={10 ** 6 if code else 30}"]
+    options = ["--prompt_file=-", "--device=cpu", "--max_new_tokens=1000000"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = subprocess.Popen([sys.executable, sample.__file__, *options], **pipes,
                                env=os.environ | {"PYTHONIOENCODING": "ascii"})
     process.stdin.write("naïve 🙂".encode())
     process.stdin.close()
     assert process.stdout.read(7) == b"na?ve ?"
-    if code:
-        process.send_signal(signal.SIGINT) if code == 130 else process.stdout.close()
-    error = process.stderr.read()
-    assert process.wait() == code and (error == b"" if code else b"tokens/s" in error)
+    process.send_signal(signal.SIGINT) if code == 130 else process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == code
 
 
 def test_show_experts(run, done):
@@ -1095,7 +1094,7 @@ def test_weights_of_the_authors(run, monkeypatch):
         id_to_piece=tuple.__getitem__, is_control=lambda self, i: i == 0, is_byte=lambda self, i: self[i][:3] == "<0x",
         encode=lambda self, text: [self.index(c) for c in text.replace(" ", "\u2581")], eos_id=lambda self: 0))(names)
     monkeypatch.setitem(sys.modules, "sentencepiece", mock.Mock(SentencePieceProcessor=lambda model_proto: pieces))
-    monkeypatch.setitem(moeut.PRESETS, "theirs", asdict(THEIRS[3]))
+    monkeypatch.setitem(PRESETS, "theirs", THEIRS[3])
     model, training = moeut.from_authors(authors_weights(3), THEIRS[3]).eval(), authors_weights(3, True)
     Path("words.model").touch()
     assert "".join(text.SentencePiece("words.model").stream([2, 1, 9, 10, 0, 3])) == "a é"

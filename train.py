@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from cvmm import backend
-from moeut import PRESETS, MoEUT, MoEUTConfig, preset
+from moeut import PRESETS, MoEUT, MoEUTConfig
 from text import Tokenizer, aside, batch, load_text, window_starts
 
 # Options and recipes: a dataclass is the command line, with the range of every number beside it ----------------------
@@ -158,6 +158,16 @@ def load_model(path: Path) -> tuple[MoEUT, Tokenizer, dict]:
 PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "L4": 121, "T4": 65}  # TFLOP/s
 
 
+def macs_per_token(c: MoEUTConfig, context: int) -> int:
+    """Multiply-accumulates of the forward pass of a token that attends to `context` positions, without embedding and
+    lm_head: the paper's formula, which does not halve attention for causality."""
+    C, H, D, A, moe = c.n_embd, c.n_head, c.head_size, c.n_att_expert, c.attention == "moe"
+    J, gates = (c.att_top_k, 2 * A) if moe and A > 1 else (1, int(moe))
+    attention = 2 * H * D * context + 2 * (1 + J) * C * H * D + C * H * gates
+    ffn = 2 * c.top_k * C * c.expert_size + c.n_expert * C if c.ffn == "moe" else 2 * C * c.ffn_size
+    return c.n_layer * (attention + ffn)
+
+
 def pick_device(name: str) -> torch.device:
     try:
         best = "cuda" if torch.cuda.is_available() else "cpu"
@@ -282,7 +292,7 @@ def train(given: dict, changes: dict):
     o = Options(**RECIPES[name] | (stored["options"] if resume else dict(preset=name)) | given)
     o.data = tuple(map(os.path.abspath, o.data))
     try:
-        config = model.config if model else preset(o.preset, **changes)
+        config = model.config if model else replace(PRESETS[o.preset], **changes)
     except ValueError as e:
         sys.exit(str(e))
     T = config.block_size
@@ -333,12 +343,12 @@ def train(given: dict, changes: dict):
 
     print("model:", *(f"--{k}={v}" for k, v in asdict(config).items()))
     print("options:", *(f"--{k}={v}" for k, v in asdict(o).items() if v not in ("", ()) and v is not False))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.macs_per_token():,} MACs per token; "
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {macs_per_token(config, T):,} MACs per token; "
           f"{len(data) / 1e6:.2f}M tokens to train on, {len(val_data) / 1e6:.2f}M for validation; {world} x {device}, "
           f"{str(trainer.dtype)[6:]}, {'' if trainer.compiled else 'not '}compiled, experts by {backend(device)}")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((world * 1e12 * PEAKS[part] for part in gpu.replace("-", " ").split() if part in PEAKS), None)
-    flops = 6 * (config.macs_per_token(T // 2) + config.n_embd * config.vocab_size)  # of a token, attention halved
+    flops = 6 * (macs_per_token(config, T // 2) + config.n_embd * config.vocab_size)  # of a token, attention halved
     if rank == 0 and o.wandb:
         try:
             import wandb
