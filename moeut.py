@@ -51,7 +51,7 @@ from torch.utils.checkpoint import checkpoint
 # cvmm multiplies rows by the matrices of their chosen experts only. A slot is one choice by one token; for each slot,
 #     out[slot // fan_out] += gate[slot] * x[slot // fan_in] @ w[expert[slot]]           gates are 1 if left out
 # so fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert.
-# If fan_in is left out, which is not 1, x has a row for each slot, in sorted order; without fan_out, out has. `top_k`
+# Without fan_in (None, which is not 1) x has a row for each slot, in sorted order; without fan_out, out has. `top_k`
 # gives the indices of torch.topk.
 from cvmm import cvmm, route, top_k
 
@@ -206,7 +206,7 @@ def attend(qk: Tensor, v: Tensor, rotary, cache: LayerCache | None) -> Tensor:
     T, S, mask = q.shape[2], k.shape[2], None
     if 1 < T < S:  # a single query sees all keys, and for T = S there is is_causal, which allows a faster kernel
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1 and T == S)
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)
     return a.transpose(1, 2)                                                             # [B, T, H, D]
 
 
@@ -232,7 +232,7 @@ class SwitchHead(nn.Module):
         (_, H, A), J = self.router.shape, self.router.top_k
         gate, expert, usage = self.router(n)                                # [B, T, 2, H, J] both, [B, 2, H, A]
         qk = F.linear(n, self.w_qk).unflatten(-1, (2, H, -1))                            # [B, T, 2, H, D]
-        if A <= 4 and x.device.type == "cpu":  # all experts, with gate 0 if not chosen: a step takes a tenth less time
+        if A <= 4 and x.device.type == "cpu":  # tiny, small: all experts, some with gate 0; a step is a tenth shorter
             gates = gate.new_zeros(B, T, 2, H, A).scatter(-1, expert, gate).to(x.dtype)
             gate_v, gate_o = gates.unsqueeze(-1).unbind(2)                               # [B, T, H, A, 1] both
             w_v = self.w_v.transpose(0, 1).flatten(1)                                    # [C, H * A * D]
@@ -366,7 +366,6 @@ class MoEUT(nn.Module):
         if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
             raise ValueError(f"temperature is {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least"
                              " 0, top_k at least 1, top_p above 0 and at most 1.")
-
         if temperature == 0:
             temperature, top_k = 1.0, 1
 

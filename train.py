@@ -75,8 +75,8 @@ class Options:
 SMALL = dict(batch_size=8, lr=2e-3, warmup=50, beta1=0.9, steps=2000, eval_interval=250)
 PAPER = dict(steps=100_000, tokens_per_step=65_536, lr=2.5e-4, warmup=4000, hold=0.0, final_lr=0.1, weight_decay=0.01,
              beta1=0.9, beta2=0.999, grad_clip=0.25, eval_interval=1000, eval_tokens=262_144)
-RECIPES = {  # of each preset: what differs from the defaults above, which are those of the tiny models
-    name: {} if "tiny" in name else SMALL if "small" in name else PAPER for name in PRESETS}
+RECIPES = {  # of each preset: what differs from the defaults above, which are for the tiny models and yours
+    name: SMALL if "small" in name else PAPER if name[-1] in "MB" else {} for name in PRESETS}
 RECIPES["moeut-44M"] = RECIPES["dense-44M"] = PAPER | dict(warmup=0, grad_clip=0.1)
 
 
