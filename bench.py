@@ -66,7 +66,7 @@ def compare(folders: list[str]):
         run = read_checkpoint(Path(folder))
         try:
             o, c, metrics = Options(**run["options"]), MoEUTConfig(**run["config"]), run["metrics"]
-            memory = max(m.get("peak_mib", 0) for m in metrics)
+            memory = max(m.get("peak_mib") or 0 for m in metrics)  # null on Windows
             result = [m["val_bits_per_byte"] for m in metrics if "val_loss" in m][-1], run["seconds"], memory
         except (KeyError, TypeError, ValueError, IndexError):
             sys.exit(f"The run in {folder} has no evaluation yet: let it go on with --resume.")
@@ -75,10 +75,10 @@ def compare(folders: list[str]):
         for k, v in conditions.items():
             if v != (common := common or conditions)[k]:
                 sys.exit(f"These cannot be compared: {k} is {common[k]} in {folders[0]} and {v} in {folder}.")
-        changed = set(asdict(c).items()) - set(asdict(replace(PRESETS[o.preset], vocab_size=c.vocab_size)).items())
-        recipe = Options(**RECIPES[o.preset])
-        changed |= {(k, getattr(o, k)) for k in OPTIMIZER if getattr(o, k) != getattr(recipe, k)}
-        name = " ".join([o.preset, *sorted(f"{k}={v}" for k, v in changed)])
+        usual = asdict(replace(PRESETS.get(o.preset, c), vocab_size=c.vocab_size))
+        usual |= asdict(Options(**RECIPES.get(o.preset, {})))
+        used = asdict(c) | {k: getattr(o, k) for k in OPTIMIZER}
+        name = " ".join([o.preset, *sorted(f"{k}={v}" for k, v in used.items() if v != usual[k])])
         groups.setdefault((name, macs_per_token(c, c.block_size)), []).append(result)
     print(f"{common['step']} steps of {common['tokens_per_step']} tokens; bits per byte: mean, lowest, highest\n"
           f"{'model':40} runs   MACs/token bits/byte     low    high  seconds    MiB")

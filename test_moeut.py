@@ -938,12 +938,17 @@ def test_steps_that_are_not_finite(run, done, monkeypatch):
     assert [a != b for a, b in itertools.pairwise(seen)] == [False, True] * 11 + [False]
     assert list(logged("out", "grad").values())[6:] == [None, 1] * 12
     assert list(logged("out", "skipped").values()) == [1] * 12 and math.isfinite(logged("out", "val_loss")[30])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda *_: signal.raise_signal(signal.SIGINT) or torch.tensor(math.nan))
+    with pytest.raises(SystemExit, match="^Stopped after step 31, saved in out"):  # Ctrl-C in a step that is skipped
+        run(train, "--resume", "--steps=40")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs process groups")
 def test_how_a_step_is_divided_changes_nothing(run):
     """Accumulated, recomputed, or by two processes, each with its own dropout. Clipping and Adam hide a wrong scale,
-    norms do not. After Ctrl-C, which reaches all processes, they leave together, with one sentence, and can go on."""
+    norms do not. After Ctrl-C, which reaches all processes, they leave together, with one sentence, and can go on,
+    on the device they were on."""
     Path("driver.py").write_text("""if True:
         import atexit, os, torch
         if os.environ["RANK"] == "1":
@@ -954,6 +959,7 @@ def test_how_a_step_is_divided_changes_nothing(run):
         send = torch.distributed.broadcast_object_list  # which takes the first GPU if it is told nothing
         torch.distributed.broadcast_object_list = lambda objects, device: send(objects, device=device)
         import train
+        train.pick_device = lambda name, pick=train.pick_device: print("on", name, file=log) or pick(name)
         train.cli(train.main)""")
     torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2 driver.py".split()]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -969,8 +975,8 @@ def test_how_a_step_is_divided_changes_nothing(run):
     assert error.count("Traceback") == 1  # torchrun's own
     process = subprocess.run([*torchrun, "--resume", "--out=two", f"--steps={step + 2}"], **pipes)
     assert process.returncode == 0 and process.stdout.count("saved in two") == 1, process.stderr
-    logs = [set(Path(f"log{rank}").read_text().split()) for rank in (0, 1)]  # the seeds of dropout, and what is saved
-    assert len(logs[0]) - 1 == len(logs[1]) == step + 2 and "saved" in logs[0] and not logs[0] & logs[1]
+    logs = [set(Path(f"log{rank}").read_text().splitlines()) for rank in (0, 1)]  # seeds of dropout, what is saved, ...
+    assert len(logs[0]) - 1 == len(logs[1]) == step + 3 and "saved" in logs[0] and logs[0] & logs[1] == {"on cpu"}
     run(train, *options, f"--steps={step + 2}", "--batch_size=1", "--recompute", "--out=one")
     run(train, *options, f"--steps={step + 2}", "--batch_size=4", "--out=four")
     for out in ("one", "two"):
@@ -980,13 +986,18 @@ def test_how_a_step_is_divided_changes_nothing(run):
 
 
 def test_help_compare_and_bench(run):
-    """Mean and range over the seeds; a changed model or recipe stands apart."""
+    """Mean and range over the seeds; a changed model or recipe stands apart. A run outlives the name of its preset."""
     for name, option in zip("abcd", ("--seed=1", "--seed=2", "--lr=2e-3", "--top_k=1"), strict=True):
         run(train, *SMALL, option, f"--out={name}")
     lines = run(bench, "--compare", *"abcd").out.splitlines()
     (two,) = [line.split()[-7:] for line in lines if line.startswith("tiny") and not re.search("top_k=1|lr=", line)]
     bits = [logged(name, "val_bits_per_byte")[6] for name in ("a", "b")]
     assert [float(x) for x in (two[0], *two[2:5])] == pytest.approx([2, sum(bits) / 2, *sorted(bits)], abs=1e-4)
+    stored = load("d")
+    stored["options"]["preset"], stored["metrics"][0]["peak_mib"] = "gone", None  # as on Windows
+    torch.save(stored, "d/last.pt")
+    assert {line.split()[0] for line in run(bench, "--compare", *"ad").out.splitlines()[2:]} == {"tiny", "gone"}
+    run(train, "--resume", "--out=d", "--steps=7")
     table = run(bench, "--preset=tiny", "--batch_size=1").out
     assert len(re.findall(r"^.+[\d,.]+ +[\d,.]+ +\d+\.\d\d$", table, re.MULTILINE)) == 4
     for script in (train, sample, bench):
@@ -1120,7 +1131,7 @@ BAD = [  # what is run, and what is added: the sentence contains the name of the
         --tokenizer=klingon → klingon | --out=text.txt → text.txt | --out=out → --resume | --init_from=out"""),
     ([train], """
         --resume → 6 steps | --resume --out=nowhere → nowhere | --resume --out=half.pt → half.pt | --resume --seed=3 |
-        --resume --out=other.pt → other.pt | --resume --steps=9 --data=few.txt → not what it was |
+        --resume --out=other.pt → other.pt .* .'options'. | --resume --steps=9 --data=few.txt → not what it was |
         --resume --n_layer=4 | --resume --steps=9 --out=foreign.pt → foreign.pt | --init_from=nowhere → nowhere"""),
     ([bench], """
         --preset=dense-tiny → dense-tiny | --compare out text.txt → text.txt |

@@ -19,7 +19,6 @@ import torch
 
 # Tokenizer: a tiktoken.Encoding, made from a `spec` of plain data that a checkpoint can hold -------------------------
 
-END_OF_TEXT = "<|endoftext|>"
 WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s{1,999}(?!\S)|\s{1,999}"  # bytes are merged within these
 
 
@@ -28,16 +27,15 @@ def make_spec(name: str, texts, vocab_size: int) -> dict:
     than vocab_size if there is nothing left to merge; bytes merges nothing."""
     if name in ("bpe", "bytes"):
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(texts, max(vocab_size - 1, 256) if name == "bpe" else 256, pattern=WORDS)
+        trainer.train_from_iterator(texts, max(vocab_size - 1, 256), pattern=WORDS)
         ranks = {bytes(token): i for token, i in trainer.get_mergeable_ranks()}
-        return dict(name=name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+        return dict(name=name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
     try:
         e = tiktoken.get_encoding(name)
     except Exception:  # no such name, or whatever a download may raise
         known = ", ".join(tiktoken.list_encoding_names())
         sys.exit(f"--tokenizer is {name!r}: it must be bpe, bytes, or, with a network, one of tiktoken's {known}.")
-    ranks, special = e._mergeable_ranks, e._special_tokens
-    return dict(name=name, pat_str=e._pat_str, mergeable_ranks=ranks, special_tokens=special)
+    return dict(name=name, pat_str=e._pat_str, mergeable_ranks=e._mergeable_ranks, special_tokens=e._special_tokens)
 
 
 class Tokenizer:
@@ -69,14 +67,11 @@ class SentencePiece(Tokenizer):
             sys.exit(f"{path} is no SentencePiece model, or the package is missing: pip install -e '.[sentencepiece]'")
         text = [b"" if p.is_control(i) else p.id_to_piece(i).replace("\u2581", " ").encode() for i in range(len(p))]
         self.tokens = {i: bytes([int(t[1:-1], 16)]) if p.is_byte(i) else t for i, t in enumerate(text)}
-        self.n_vocab, self.end, self.name = len(p), max(p.eos_id(), 0), path
+        self.n_vocab, self.end = len(p), max(p.eos_id(), 0)
         self.encode = lambda text: np.array(p.encode(text), np.uint32)
 
 
 # Text to tokens, in memory-mapped files of the user's cache folder that all runs on the same text share --------------
-
-
-RUN_FILES = {"last.pt", "best.pt", "metrics.jsonl", "loss.png"}  # which train.py writes
 
 
 def find_files(patterns) -> list[Path]:
@@ -84,11 +79,11 @@ def find_files(patterns) -> list[Path]:
     if not patterns:  # the standard library: real code and prose, on every machine
         root, skip = Path(os.__file__).parent, {"test", "tests", "idle_test", "site-packages", "dist-packages"}
         return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
-    files = set()
+    files, written = set(), {"last.pt", "best.pt", "metrics.jsonl", "loss.png"}  # by train.py
     for pattern in patterns:
         tops = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         found = {Path(p) for top in tops for p in (top, *glob.glob(f"{glob.escape(top)}/**", recursive=True))}
-        found = {p.resolve() for p in found if p.is_file() and (str(p) in tops or p.name not in RUN_FILES)}
+        found = {p.resolve() for p in found if p.is_file() and (str(p) in tops or p.name not in written)}
         if not found:
             sys.exit(f"--data: there is no text at {pattern!r}: give a file, a folder with files, or a pattern.")
         files |= found
@@ -175,7 +170,7 @@ def load_text(patterns, name: str, vocab_size: int, tokenizer: Tokenizer | None)
     documents = functools.cache(lambda: read_documents(files))
     if not tokenizer:
         train = (text for part, text in split(documents()) if part == 0 and text) if name == "bpe" else ()
-        tokenizer = Tokenizer(make_spec(name, itertools.islice(train, 200), vocab_size))  # of at most 200 MB
+        tokenizer = Tokenizer(make_spec(name, itertools.islice(train, 200), vocab_size))  # a file, or a megabyte, each
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     key = repr([tokenizer.spec, [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeut"
@@ -209,6 +204,5 @@ def window_starts(n_tokens: int, T: int, numbers, seed: int) -> list[int]:
 
 def batch(data: np.ndarray, starts, T: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets [B, T], one token apart, of the windows that begin there."""
-    rows = torch.from_numpy(np.stack([data[s : s + T + 1] for s in starts]).astype(np.int64))
-    rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+    rows = torch.from_numpy(np.stack([data[s : s + T + 1] for s in starts]).astype(np.int64)).to(device)
     return rows[:, :-1], rows[:, 1:]

@@ -82,16 +82,17 @@ RECIPES["moeut-44M"] = RECIPES["dense-44M"] = PAPER | dict(warmup=0, grad_clip=0
 
 def parse(doc: str, *classes) -> list[dict]:
     """What is given on the command line, and only that: for each of the dataclasses, its fields."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--option=value ...]", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: sys.exit(f"{message}; --help lists all options.")  # without the page of usage
     for f in [f for c in classes for f in fields(c)]:
         kind, about = type(f.default), {"help": f"the model's, see {classes[-1].__name__}", **f.metadata}
-        how = dict(type=kind, metavar=kind.__name__.upper(), choices=about.get("choices"))
+        choices = about.get("choices")
+        how = dict(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
         how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+")}.get(kind, how)
-        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"})
-        text = about["help"] + f" ({f.default})" * bool(f.default)
-        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, **how)
+        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"}, reverse=True)
+        parser.add_argument(*names, dest=f.name, help=about["help"] + f" ({f.default})" * bool(f.default), **how)
     given = vars(parser.parse_args())
     for f in fields(classes[0]):
         value, low, below = given.get(f.name), f.metadata["low"], f.metadata["below"]
@@ -109,7 +110,6 @@ def cli(main):
         stream.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
-        sys.stdout.flush()
     except KeyboardInterrupt:  # there is nothing to save; and the interpreter, in its shutdown, might abort
         os._exit(130)
     except BrokenPipeError:  # such as `| head`
@@ -136,7 +136,7 @@ def read_checkpoint(path: Path) -> dict:
         sys.exit(f"There is no checkpoint at {path}: `python train.py` makes one, --out says where.")
     try:
         with torch.serialization.safe_globals([(dict, "framework.data_structures.dotdict.DotDict")]):  # of the authors
-            return dict(torch.load(path, map_location="cpu", weights_only=True).items())
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:  # whatever a foreign file may raise
         sys.exit(f"{path} is not a checkpoint, or it is damaged.")
 
@@ -149,8 +149,8 @@ def load_model(path: Path) -> tuple[MoEUT, Tokenizer, dict]:
         model = MoEUT(MoEUTConfig(**stored["config"]))
         model.load_state_dict(stored["model"])
         return model, Tokenizer(stored["tokenizer"]), stored
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        sys.exit(f"{path} does not hold a model that this program has saved.")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        sys.exit(f"{path} does not hold a model of this program ({' '.join(str(e).split())}).")
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def macs_per_token(c: MoEUTConfig, context: int) -> int:
 
 def pick_device(name: str) -> torch.device:
     try:
-        best = "cuda" if torch.cuda.is_available() else "cpu"
+        best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # torchrun says which
         tensor = torch.zeros(1, device=best if name == "auto" else name)
         tensor.item()  # which the meta device, for one, has not
         return tensor.device
@@ -246,13 +246,13 @@ class Trainer:
     def step(self, batches: list, lr: float) -> tuple[float, float, float]:
         """One optimizer step on batches whose gradients add up: cross entropy, regulariser and gradient norm. It is
         skipped if the norm is not finite."""
-        losses = 0
+        losses = 0.0
         for i, (x, y) in enumerate(batches):
             self.run.require_backward_grad_sync = i == len(batches) - 1  # processes exchange gradients once a step
             with self.autocast:
                 out = self.run(x, y)
             self.scaler.scale(out.loss / len(batches)).backward()
-            losses = losses + torch.stack((out.cross_entropy, out.reg)).detach() / len(batches)
+            losses += torch.stack((out.cross_entropy, out.reg)).detach() / len(batches)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip).item()
         self.optimizer.param_groups[0]["lr"] = lr
@@ -263,17 +263,16 @@ class Trainer:
         return *losses.tolist(), norm
 
 
-def train(given: dict, changes: dict):
+def main():
+    given, changes = parse(__doc__, Options, MoEUTConfig)
+
     # One process trains on one device. torchrun starts more, which share the sequences of every step.
-    rank, world, device_name = 0, 1, given.get("device", "auto")
+    rank, world = 0, 1
     if dist.is_torchelastic_launched():
         dist.init_process_group(timeout=timedelta(days=1))  # which a long text may take
         rank, world = dist.get_rank(), dist.get_world_size()
-        if device_name == "auto" and torch.cuda.is_available():
-            device_name = f"cuda:{os.environ['LOCAL_RANK']}"
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks
-    device = pick_device(device_name)
     torch.set_float32_matmul_precision("high")  # TF32 where there is nothing better
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on a CPU, and nobody misses them
 
@@ -288,9 +287,9 @@ def train(given: dict, changes: dict):
         model, tokenizer, stored = load_model(out if resume else Path(given["init_from"]))
     if not resume and (out / "last.pt").exists():
         sys.exit(f"{out} holds a run already: --resume goes on with it, another --out begins a new one.")
-    name = (stored.get("options") or given).get("preset", Options.preset)
-    o = Options(**RECIPES[name] | (stored["options"] if resume else dict(preset=name)) | given)
-    o.data = tuple(map(os.path.abspath, o.data))
+    name = stored.get("options", given).get("preset", Options.preset)
+    o = Options(**(stored["options"] if resume else RECIPES.get(name, {}) | dict(preset=name)) | given)
+    o.data, device = tuple(map(os.path.abspath, o.data)), pick_device(o.device)
     try:
         config = model.config if model else replace(PRESETS[o.preset], **changes)
     except ValueError as e:
@@ -320,14 +319,13 @@ def train(given: dict, changes: dict):
 
     # Model: with the tokenizer's vocabulary, or with a larger one that was asked for
     if not model:
-        n, wanted = tokenizer.n_vocab, config.vocab_size
-        if n > wanted and "vocab_size" in changes:
-            sys.exit(f"--vocab_size is {wanted}, but the tokenizer {tokenizer.name} has {n} tokens.")
-        if n < wanted and tokenizer.name == "bpe":
-            print(f"vocabulary: {n} tokens instead of {wanted}, because the text has no more to merge")
-        padded = "vocab_size" in changes and tokenizer.name != "bpe"
+        n, asked = tokenizer.n_vocab, changes.get("vocab_size", 0)
+        if 0 < asked < n:
+            sys.exit(f"--vocab_size is {asked}, but the tokenizer {tokenizer.name} has {n} tokens.")
+        if n < config.vocab_size and tokenizer.name == "bpe":
+            print(f"vocabulary: {n} tokens instead of {config.vocab_size}, because the text has no more to merge")
         torch.manual_seed(o.seed)
-        model = MoEUT(replace(config, vocab_size=wanted if padded else n))
+        model = MoEUT(replace(config, vocab_size=n if tokenizer.name == "bpe" else max(n, asked)))
     trainer, config = Trainer(model, o, device, world), model.config
     run = dict(step=0, seconds=0.0, best=math.inf, metrics=[])
     if resume:
@@ -335,7 +333,7 @@ def train(given: dict, changes: dict):
             trainer.optimizer.load_state_dict(stored["optimizer"])
         except (KeyError, TypeError, ValueError):
             sys.exit(f"{out} does not hold an optimizer of this model: --init_from={out} takes the weights alone.")
-        if stored["scaler"] and trainer.scaler.is_enabled():
+        if stored["scaler"]:
             trainer.scaler.load_state_dict(stored["scaler"])
         run = {k: stored[k] for k in run}
     run |= dict(text_hash=text_hash, options=asdict(o), config=asdict(config), tokenizer=tokenizer.spec)
@@ -379,9 +377,9 @@ def train(given: dict, changes: dict):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    for left in out.glob("*.part") if rank == 0 else ():  # of a run that was killed
-        left.unlink()
-    clock, logged, skipped = time.time(), (time.time(), step), 0
+    for left in out.glob("*.part"):  # of a run that was killed
+        left.unlink(missing_ok=True)
+    clock, logged, skipped = time.time(), (step, run["seconds"]), 0
     for step in range(first_step, o.steps + 1):
         torch.manual_seed(o.seed + (step - 1) * world + rank)  # of dropout: alike in a resumed run, not in processes
         lr, first = learning_rate(step - 1, o), ((step - 1) * world + rank) * sequences
@@ -400,14 +398,14 @@ def train(given: dict, changes: dict):
         run["step"], run["seconds"], clock = step, run["seconds"] + time.time() - clock, time.time()
 
         if rank == 0 and (step % o.log_interval == 0 or step == first_step or done):
-            rate = (step - logged[1]) * o.tokens_per_step / (time.time() - logged[0])
+            rate = (step - logged[0]) * o.tokens_per_step / (run["seconds"] - logged[1])
             log(loss=loss, bits_per_byte=loss * bits[0], reg=reg, lr=lr, grad=norm, tokens_per_second=rate,
                 peak_mib=peak_memory(device), seconds_left=(o.steps - step) * o.tokens_per_step / rate,
                 **{"mfu": rate * flops / peak} if peak else {}, **{"skipped": skipped} if skipped else {})
-            logged = time.time(), step
+            logged = step, run["seconds"]
 
         if rank == 0 and (step % o.eval_interval == 0 or done or stop):
-            val = math.nan if skipped else math.inf
+            val = math.inf if math.isfinite(loss) else math.nan
             if done or not stop:
                 val = evaluate(model, val_data, o.eval_tokens * (8 if done else 1), batch_size, trainer.autocast)
                 log(val_loss=val, val_bits_per_byte=val * bits[1])
@@ -424,7 +422,7 @@ def train(given: dict, changes: dict):
                 ids = model.eval().generate(torch.tensor([[tokenizer.end]], device=device), o.sample_tokens, 0.8)
                 print("-" * 60, "".join(tokenizer.stream(i.item() for i in ids)), "-" * 60, sep="\n")
                 model.train()
-            logged, clock = (logged[0] + time.time() - clock, logged[1]), time.time()
+            clock = time.time()  # seconds are those of training
         if stop and not done:
             break
     if rank == 0 and not done:
@@ -434,10 +432,6 @@ def train(given: dict, changes: dict):
     if rank > 0:  # it has nothing more to do, and a thread of gloo could abort it in the shutdown of the interpreter
         os._exit(0)
     print(f"done in {run['seconds']:.0f} s of training, saved in {out}; now `python sample.py --out={out}`")
-
-
-def main():
-    train(*parse(__doc__, Options, MoEUTConfig))
 
 
 if __name__ == "__main__":
