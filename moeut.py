@@ -203,9 +203,8 @@ def attend(qk: Tensor, v: Tensor, rotary, cache: LayerCache | None) -> Tensor:
         if cache.length:
             k, v = torch.cat((cache.k, k), dim=2), torch.cat((cache.v, v), dim=2)        # [B, H, S, D] both
         cache.k, cache.v, cache.length = k, v, k.shape[2]
-    T, S, mask = q.shape[2], k.shape[2], None
-    if 1 < T < S:  # a single query sees all keys, and for T = S there is is_causal, which allows a faster kernel
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    T, S = q.shape[2], k.shape[2]  # a single query sees all keys, and for T = S there is is_causal, which is faster
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
     a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)
     return a.transpose(1, 2)                                                             # [B, T, H, D]
 
