@@ -851,6 +851,15 @@ def test_learning_rate_and_recipes():
         assert (o.steps, o.tokens_per_step, o.warmup, o.grad_clip) == (100_000, 65_536, warmup, grad_clip)
 
 
+def test_torchrun_gives_each_process_a_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, device in dict(auto="cuda:1", cuda="cuda:1", cpu="cpu").items():
+        with mock.patch("torch.zeros") as zeros:
+            train.pick_device(name)
+        assert zeros.call_args.kwargs["device"] == device
+
+
 def test_train_then_sample(run):
     """The log has the same numbers everywhere. Validation is without dropout, on text that is not trained on."""
     printed = run(train, *SMALL, "--log_interval=2", "--dropout=0.3", "--batch_size=4", "--eval_tokens=26").out

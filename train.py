@@ -170,8 +170,9 @@ def macs_per_token(c: MoEUTConfig, context: int) -> int:
 
 def pick_device(name: str) -> torch.device:
     try:
-        best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # torchrun says which
-        tensor = torch.zeros(1, device=best if name == "auto" else name)
+        if name in ("auto", "cuda") and torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun says which
+        tensor = torch.zeros(1, device="cpu" if name == "auto" else name)
         tensor.item()  # which the meta device, for one, has not
         return tensor.device
     except (RuntimeError, AssertionError):
