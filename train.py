@@ -341,7 +341,8 @@ def main():
     step, first_step, stored = run["step"], run["step"] + 1, None  # whose memory is needed
 
     print("model:", *(f"--{k}={v}" for k, v in asdict(config).items()))
-    print("options:", *(f"--{k}={v}" for k, v in asdict(o).items() if v not in ("", ()) and v is not False))
+    shown = asdict(o) | dict(data=" ".join(o.data))
+    print("options:", *(f"--{k}={v}" for k, v in shown.items() if v != "" and v is not False))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {macs_per_token(config, T):,} MACs per token; "
           f"{len(data) / 1e6:.2f}M tokens to train on, {len(val_data) / 1e6:.2f}M for validation; {world} x {device}, "
           f"{str(trainer.dtype)[6:]}, {'' if trainer.compiled else 'not '}compiled, experts by {backend(device)}")
