@@ -150,7 +150,8 @@ def load_model(path: Path) -> tuple[MoEUT, Tokenizer, dict]:
         model.load_state_dict(stored["model"])
         return model, Tokenizer(stored["tokenizer"]), stored
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        sys.exit(f"{path} does not hold a model of this program ({' '.join(str(e).split())}).")
+        reason = str(e).split("\n")[-1].strip()  # of several the last, or the sentence would be a page
+        sys.exit(f"{path} does not hold a model of this program ({reason}).")
 
 
 # Training ------------------------------------------------------------------------------------------------------------
