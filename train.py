@@ -243,7 +243,7 @@ class Trainer:
         self.compiled = o.compile == "yes" or o.compile == "auto" and device.type == "cuda"
         self.run = torch.compile(model) if self.compiled else model
         if world > 1:
-            self.run = torch.nn.parallel.DistributedDataParallel(self.run, broadcast_buffers=False)
+            self.run = torch.nn.parallel.DistributedDataParallel(self.run)
 
     def step(self, batches: list, lr: float) -> tuple[float, float, float]:
         """One optimizer step on batches whose gradients add up: cross entropy, regulariser and gradient norm. It is
@@ -271,7 +271,8 @@ def main():
     # One process trains on one device. torchrun starts more, which share the sequences of every step.
     rank, world = 0, 1
     if dist.is_torchelastic_launched():
-        dist.init_process_group(timeout=timedelta(days=1))  # which a long text may take
+        both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gradients may be on GPUs, losses are not
+        dist.init_process_group(both, timeout=timedelta(days=1))  # which a long text may take
         rank, world = dist.get_rank(), dist.get_world_size()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks
@@ -309,7 +310,7 @@ def main():
     if rank == 0:
         tokenizer, *loaded = load_text(o.data, o.tokenizer, config.vocab_size, tokenizer)
     if world > 1:
-        dist.broadcast_object_list(spec := [tokenizer and tokenizer.spec], device=device)  # or all take the first GPU
+        dist.broadcast_object_list(spec := [tokenizer and tokenizer.spec])
     if rank > 0:
         tokenizer, *loaded = load_text(o.data, o.tokenizer, config.vocab_size, Tokenizer(spec[0]))
     data, val_data, bits, text_hash = loaded
@@ -430,7 +431,7 @@ def main():
             break
     if rank == 0 and not done:
         sys.exit(f"Stopped after step {step}, saved in {out}: `python train.py --resume --out={out}` goes on.")
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:  # it has nothing more to do, and a thread of gloo could abort it in the shutdown of the interpreter
         os._exit(0)
