@@ -34,6 +34,7 @@ class BenchOptions:
 def bench(b: BenchOptions, rounds: int = 9):
     """Medians of a training step and of decoding in the middle of the context, timed in turn, and their ratios."""
     names, device = (b.preset, PAIRS[b.preset]), pick_device(b.device)
+    torch.set_float32_matmul_precision("high")  # as in training
     o = Options(**RECIPES[b.preset] | dict(dtype=b.dtype, compile=b.compile))
     models = [MoEUT(PRESETS[name]) for name in names]
     c = models[0].config  # both have the same vocabulary and block_size
