@@ -50,7 +50,7 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
         import triton.language as tl
 
 INTERPRETED = bool(triton) and triton.knobs.runtime.interpret  # kernels run in Python, also on a CPU: for tests
-jit = triton.jit(do_not_specialize=["fan_in", "fan_out", "n_slots"]) if triton else lambda function: function
+jit = triton.jit if triton else lambda function: function
 force = None  # "PyTorch" | "Triton": tests compare the two
 FEW_SLOTS = 16  # of a decoded token, without gradients: up to here the definition takes less time than sorting
 
@@ -86,7 +86,8 @@ class Routing(NamedTuple):
 
     expert: Tensor  # [M] the expert of each slot
     n_expert: int
-    slot: Tensor | None  # [M] the slot of each row; None if they are so few that they are not sorted: row s is slot s
+    row: Tensor | None  # [M] the row of each slot; None if they are so few that they are not sorted: row s is slot s
+    slot: Tensor | None  # [M] the slot of each row
     offsets: Tensor | None  # [E + 1] where the rows of each expert begin, and where all end
     tiles: Tensor | None  # [n, 2] for the first kernel: expert and first row of each tile; None for PyTorch
 
@@ -106,14 +107,16 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     expert, on_triton = expert.flatten(), backend(expert.device) == "Triton"
     if len(expert) <= FEW_SLOTS and not (on_triton or torch.is_grad_enabled() or torch.compiler.is_compiling()):
         check_experts(all(0 <= e < n_expert for e in expert.tolist()), n_expert)
-        return Routing(expert, n_expert, None, None, None)
+        return Routing(expert, n_expert, None, None, None, None)
     # Stable, so that sums have a fixed order and the slots of an expert ascend. In 16 bits, as a GPU sorts bit by bit;
     # clamped first, as otherwise an expert that does not exist could become one that does.
     ids, slot = expert.long().clamp(-1, n_expert).short().sort(stable=True)      # [M] both
+    row = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(slot), device=slot.device))  # [M]
     offsets = torch.searchsorted(ids, torch.arange(n_expert + 1, device=ids.device, dtype=ids.dtype))
     if not on_triton:
-        return Routing(expert, n_expert, slot, offsets, None)
-    return Routing(expert, n_expert, slot.int(), offsets.int(), tile_table(offsets, len(slot), n_expert).int())
+        return Routing(expert, n_expert, row, slot, offsets, None)
+    tiles = tile_table(offsets, len(slot), n_expert)
+    return Routing(expert, n_expert, row.int(), slot.int(), offsets.int(), tiles.int())
 
 
 def check_experts(exist: bool, n_expert: int):
@@ -129,13 +132,9 @@ def gather(x: Tensor, slot: Tensor, fan: int | None) -> Tensor:
     return x if fan is None else x.index_select(0, slot // fan)
 
 
-def scatter(y: Tensor, slot: Tensor, fan: int | None, gate: Tensor | None) -> Tensor:
-    """Multiply the rows [M, width] by their gates, and sum fan slots each, in float32 at least: [M / fan, width]"""
-    if fan is None:
-        return y if gate is None else y.mul_(gate[slot, None])
-    row = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(y), device=y.device))       # [M] row of each slot
-    weights = None if gate is None else gate.view(-1, fan).to(sum_dtype(y))
-    return F.embedding_bag(row.view(-1, fan), y.to(sum_dtype(y)), mode="sum", per_sample_weights=weights).to(y.dtype)
+def gated(y: Tensor, gate: Tensor, slot: Tensor) -> Tensor:
+    """Multiply rows [M, width] by their gates."""
+    return (y * gate[slot, None]).to(y.dtype)
 
 
 def experts(slot: Tensor, offsets: Tensor):
@@ -146,21 +145,25 @@ def experts(slot: Tensor, offsets: Tensor):
 
 
 @torch.library.custom_op("moeut::cvmm", mutates_args=())
-def _multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, slot: Tensor, offsets: Tensor,
-              tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
-    """The operation: [M / fan_out, O]. And, for dgate, the dot products [M] of what each slot gives, before its gate,
-    with its row of other [M / fan_out, O]; [0] without other."""
+def _multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, row: Tensor, slot: Tensor,
+              offsets: Tensor, tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
+    """The operation: [M / fan_out, O], with gates only where slots are summed. And, for dgate, the dot products [M] of
+    what each slot gives, before its gate, with its row of other [M / fan_out, O]; [0] without other."""
     with torch.autocast(x.device.type, enabled=False):  # it would change the sums
         if tiles is not None:
-            return triton_multiply(x, w, gate, other, slot, offsets, tiles, fan_in, fan_out)
+            return triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out)
         x = gather(x, slot, fan_in)                                                  # [M, I]
         y = x.new_empty(len(x), w.shape[2])                                          # [M, O]
         for e, rows in experts(slot, offsets):
             torch.mm(x[rows], w[e], out=y[rows])
         product = x.new_empty(0 if other is None else len(y), dtype=sum_dtype(x))    # [M]
+        if fan_out is None:
+            return y, product
         if other is not None:
             product[slot] = (y * gather(other, slot, fan_out).to(product.dtype)).sum(1)
-        return scatter(y, slot, fan_out, gate), product
+        weights = None if gate is None else gate.view(-1, fan_out).to(product.dtype)
+        y = F.embedding_bag(row.view(-1, fan_out), y.to(product.dtype), mode="sum", per_sample_weights=weights)
+        return y.to(x.dtype), product                                                # [M / fan_out, O]
 
 
 @torch.library.custom_op("moeut::cvmm_dw", mutates_args=())
@@ -177,22 +180,27 @@ def _dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: Tensor | 
         return dw.to(sum_dtype(dw))
 
 
-_multiply.register_fake(lambda x, w, gate, other, slot, offsets, tiles, fan_in, fan_out: (
+_multiply.register_fake(lambda x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out: (
     x.new_empty(slot.shape[0] // (fan_out or 1), w.shape[2]),
     x.new_empty(0 if other is None else slot.shape[0], dtype=sum_dtype(x))))
 _dw.register_fake(lambda x, dout, slot, offsets, *_: x.new_empty(
     offsets.shape[0] - 1, x.shape[1], dout.shape[1], dtype=sum_dtype(x)))
 
 
-# The Triton path: two kernels, one for routers, and what launches them -----------------------------------------------
+# The Triton path: three kernels, one for routers, and what launches them ---------------------------------------------
 #
 # The first multiplies rows by the matrix of their expert, forward and for dx, in tiles of up to BM rows of one expert:
 #
 #     for each tile (expert, first row), for each block of BN columns:        one program
 #         for each block of BK inputs:
 #             acc += x[slot[rows] // fan_in, inputs] @ w[expert, inputs, columns]
-#         product[block, slot[rows]] = sum over columns of acc * other[slot[rows] // fan_out, columns]   for dgate only
-#         out[slot[rows], columns] = gate[slot[rows]] * acc                   the caller sums the slots
+#         y[rows, columns] = acc
+#
+# The second sums the slots, as soon as they are in memory:
+#
+#     for each row t of out, for each of its slots s:                         one program for a few rows
+#         product[s] = <y[row[s]], other[t]>                                  for dgate only
+#         out[t] += gate[s] * y[row[s]]
 #
 # For dx, x is dout and other is x. There are no atomics: every number is written once, in a fixed order of summation,
 # so that two runs give the same bits. The price is to write M rows, and to read them for the sum.
@@ -217,9 +225,8 @@ def block_rows(m: int, n_expert: int) -> int:
 
 
 @jit
-def rows_kernel(x, w, out, gate, other, product, slot, offsets, tiles,  # gate, and other with product, may be None
-                n_slots, n_in, n_out, fan_in, fan_out, stride_x, stride_we, stride_wi, stride_wo, stride_out,
-                stride_other, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr,
+def rows_kernel(x, w, y, slot, offsets, tiles, n_in, n_out, stride_x, stride_we, stride_wi, stride_wo,
+                fan_in: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr,
                 PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     n_blocks = 1 if HOLD else tl.cdiv(n_out, BN)
     tile, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks  # so the rows of a tile stay in L2
@@ -229,39 +236,52 @@ def rows_kernel(x, w, out, gate, other, product, slot, offsets, tiles,  # gate, 
     first = tl.load(tiles + 2 * tile + 1)
     end = tl.load(offsets + expert + 1)
     rows = first + tl.arange(0, BM)
-    real = rows < end
-    rows = tl.minimum(rows, end - 1)  # surplus rows repeat the last one and are not stored
-    s = tl.load(slot + rows)
-    source = rows if fan_in is None else s // fan_in
+    real = (rows < end)[:, None]
+    source = tl.minimum(rows, end - 1)  # surplus rows repeat the last one and are not stored
+    if fan_in is not None:
+        source = tl.load(slot + source) // fan_in
     inputs = tl.arange(0, BK)
-    cols = tl.arange(0, BN)
+    cols = block * BN + tl.arange(0, BN)
     x_block = x + source.to(tl.int64)[:, None] * stride_x + inputs[None, :]                      # [BM, BK]
     w_block = w + expert * stride_we + inputs[:, None] * stride_wi + cols[None, :] * stride_wo   # [BK, BN]
-
-    to = rows, real, s, out, gate, other, n_out, fan_out, stride_out, stride_other
+    y_rows = y + rows.to(tl.int64)[:, None] * n_out                                              # [BM, 1]
 
     if HOLD:
         a = tl.load(x_block, mask=inputs[None, :] < n_in, other=0.0)
-        total = tl.zeros((BM,), tl.float32)
         for col in range(0, n_out, BN):
             b = tl.load(w_block, mask=(inputs[:, None] < n_in) & (cols[None, :] < n_out - col), other=0.0)
-            total += write(dot(a, b, tl.zeros((BM, BN), tl.float32), PRECISION, UPCAST), col + cols, *to)
+            acc = dot(a, b, tl.zeros((BM, BN), tl.float32), PRECISION, UPCAST)
+            tl.store(y_rows + (col + cols)[None, :], acc.to(y.dtype.element_ty), mask=real & (cols[None, :] < n_out - col))
             w_block += BN * stride_wo
     else:
-        col = block * BN
-        w_block += block.to(tl.int64) * BN * stride_wo
         acc = tl.zeros((BM, BN), tl.float32)
         for i in range(0, n_in, BK):
             a = tl.load(x_block, mask=inputs[None, :] < n_in - i, other=0.0)
-            b = tl.load(w_block, mask=(inputs[:, None] < n_in - i) & (col + cols[None, :] < n_out), other=0.0)
+            b = tl.load(w_block, mask=(inputs[:, None] < n_in - i) & (cols[None, :] < n_out), other=0.0)
             acc = dot(a, b, acc, PRECISION, UPCAST)
             x_block += BK
             w_block += BK * stride_wi
-        left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()  # one after the other, to save registers
-        half = col + tl.arange(0, BN // 2)
-        total = write(left, half, *to) + write(right, half + BN // 2, *to)
+        tl.store(y_rows + cols[None, :], acc.to(y.dtype.element_ty), mask=real & (cols[None, :] < n_out))
+
+
+@jit
+def sum_kernel(x, out, gate, other, product, row,  # gate, and other with product, may be None
+               n, n_in, n_out, fan_out: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    t, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, WIDTH)[None, :]
+    real = t < n
+    target, inside = t[:, None] * n_out + cols, real[:, None] & (cols < n_out)
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
     if other is not None:
-        tl.store(product + block.to(tl.int64) * n_slots + s, total, mask=real)
+        factor = tl.load(other + target, mask=inside, other=0.0).to(tl.float32)
+    for s in tl.range(fan_out, num_stages=3):
+        source = tl.load(row + t * fan_out + s, mask=real, other=0).to(tl.int64)[:, None] * n_in
+        y = tl.load(x + source + cols, mask=real[:, None] & (cols < n_in), other=0.0).to(tl.float32)
+        if other is not None:
+            tl.store(product + t * fan_out + s, tl.sum(y * factor, 1), mask=real)
+        if gate is not None:
+            y *= tl.load(gate + t * fan_out + s, mask=real, other=0.0)[:, None]
+        acc += y
+    tl.store(out + target, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -271,32 +291,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@jit
-def write(acc, cols, rows, real, s, out, gate, other, n_out, fan_out, stride_out, stride_other):
-    """Writes acc [BM, columns], multiplied by its gates; returns what it adds to the product [BM]."""
-    inside = real[:, None] & (cols[None, :] < n_out)
-    product = tl.zeros((acc.shape[0],), tl.float32)
-    if other is not None:
-        source = (rows if fan_out is None else s // fan_out).to(tl.int64)[:, None] * stride_other + cols[None, :]
-        product = tl.sum(acc * tl.load(other + source, mask=inside, other=0.0).to(tl.float32), 1)
-    if gate is not None:
-        acc *= tl.load(gate + s)[:, None]
-    target = (rows if fan_out is None else s).to(tl.int64)[:, None] * stride_out + cols[None, :]
-    tl.store(out + target, acc.to(out.dtype.element_ty), mask=inside)
-    return product
-
-
-# The second kernel makes the gradient of the weights, in float32:
+# The third makes the gradient of the weights, in float32:
 #
 #     for each expert (the heaviest first), each block of BM inputs x BN outputs:      one program
 #         for each block of BK rows:
 #             acc += x[slot[rows] // fan_in, inputs]^T @ dout[slot[rows] // fan_out, outputs]
 #         dw[expert, inputs, outputs] = acc                                            zeros for an empty expert
 #
-# The slots of a block are loaded one round ahead, because the loads of x and dout have to wait for them.
+# The slots of a block are loaded one round ahead, because the loads of x and dout have to wait for them. The fans are
+# constants here, as the round would be full of divisions by numbers that the compiler does not know.
 @jit
-def dw_kernel(x, dout, dw, slot, offsets, heaviest, n_in, n_out, fan_in, fan_out, stride_x, stride_dout,
-              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def dw_kernel(x, dout, dw, slot, offsets, heaviest, n_in, n_out, stride_x, stride_dout, fan_in: tl.constexpr,
+              fan_out: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+              UPCAST: tl.constexpr):
     blocks_o = tl.cdiv(n_out, BN)
     blocks = tl.cdiv(n_in, BM) * blocks_o
     block = tl.program_id(0) % blocks
@@ -312,17 +319,17 @@ def dw_kernel(x, dout, dw, slot, offsets, heaviest, n_in, n_out, fan_in, fan_out
         real = (rows < end)[:, None]
         source = (rows if fan_in is None else s // fan_in).to(tl.int64)[:, None]
         sink = (rows if fan_out is None else s // fan_out).to(tl.int64)[:, None]
-        a = tl.load(x + source * stride_x + inputs[None, :], mask=real & (inputs[None, :] < n_in), other=0.0)
-        b = tl.load(dout + sink * stride_dout + outputs[None, :], mask=real & (outputs[None, :] < n_out), other=0.0)
         rows += BK
         s = tl.load(slot + rows, mask=rows < end, other=0)
+        a = tl.load(x + source * stride_x + inputs[None, :], mask=real & (inputs[None, :] < n_in), other=0.0)
+        b = tl.load(dout + sink * stride_dout + outputs[None, :], mask=real & (outputs[None, :] < n_out), other=0.0)
         acc = dot(tl.trans(a), b, acc, PRECISION, UPCAST)
 
     target = (expert.to(tl.int64) * n_in + inputs[:, None]) * n_out + outputs[None, :]
     tl.store(dw + target, acc, mask=(inputs[:, None] < n_in) & (outputs[None, :] < n_out))
 
 
-# The third chooses experts. torch.topk, which is made for long rows, takes 2 to 20 times as long: it starts a block of
+# The last chooses experts. torch.topk, which is made for long rows, takes 2 to 20 times as long: it starts a block of
 # threads for every token, which reads the row again and again. Here a warp keeps rows in its registers, and takes the
 # largest number of each top_k times.
 @jit
@@ -330,12 +337,12 @@ def top_k_kernel(x, expert, n, n_expert, top_k, TOKENS: tl.constexpr, WIDTH: tl.
     token, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64), tl.arange(0, WIDTH)
     inside = (token < n)[:, None] & (e < n_expert)[None, :]
     bits = tl.load(x + token[:, None] * n_expert + e[None, :], mask=inside, other=0.0).to(tl.int32, bitcast=True)
-    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)  # an integer, in the order of the floats
-    key = tl.where(inside, (key << 16) | (0xFFFF - e)[None, :], -(2**63))  # all differ: of equal ones the first wins
+    key = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -(2**31) + 1)  # an integer, in the order of the floats
+    key = tl.where(inside, key, -(2**31))
     for k in range(top_k):
-        best = tl.max(key, 1)
-        tl.store(expert + token * top_k + k, 0xFFFF - (best & 0xFFFF), mask=token < n)
-        key = tl.where(key == best[:, None], -(2**63), key)
+        best = tl.min(tl.where(key == tl.max(key, 1)[:, None], e[None, :], WIDTH), 1)  # of equal ones the first
+        tl.store(expert + token * top_k + k, best, mask=token < n)
+        key = tl.where(e[None, :] == best[:, None], -(2**31), key)
 
 
 def launch(kernel, programs: int, **arguments):
@@ -349,9 +356,9 @@ def schedule(x: Tensor) -> dict:
     if x.dtype == torch.float64:
         raise TypeError("The Triton kernels sum in float32 and take no float64: use float32, or a CPU.")
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None  # AMD has none in Triton
-    return dict(BN=128, BK=64 if x.element_size() <= 2 else 32, num_warps=8, num_stages=3,
-                PRECISION="tf32" if tf32 and x.dtype == torch.float32 else "ieee",
-                UPCAST=INTERPRETED and x.dtype == torch.bfloat16)
+    BN, BK = (128, 64) if x.element_size() <= 2 else (64, 32)
+    return dict(BN=BN, BK=BK, num_warps=8, num_stages=3, UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+                PRECISION="tf32" if tf32 and x.dtype == torch.float32 else "ieee")
 
 
 def aligned(t: Tensor) -> Tensor:
@@ -363,41 +370,40 @@ def aligned(t: Tensor) -> Tensor:
     return F.pad(t, pads) if any(pads) else t if t.stride(-1) == 1 else t.contiguous()
 
 
-def triton_multiply(x, w, gate, other, slot, offsets, tiles, fan_in, fan_out):
+def triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out):
     m, n_out, options = len(slot), w.shape[2], schedule(x)
     x, w = aligned(x), aligned(w)
     i, o = x.shape[1], w.shape[2]  # padded
     if hold := i * x.element_size() <= 256:  # half of the columns: that leaves room to load w ahead
         options |= dict(BN=64, BK=triton.next_power_of_2(i))
-    elif x.element_size() > 2:  # float32 would spill
-        options |= dict(BN=64, num_stages=2)
-    blocks, out, product = 1 if hold else triton.cdiv(o, options["BN"]), x.new_empty(m, o), None
-    if other is not None:
-        other, product = aligned(other), x.new_empty(blocks, m, dtype=torch.float32)
-    launch(rows_kernel, len(tiles) * blocks, x=x, w=w, out=out, gate=gate, other=other, product=product, slot=slot,
-           offsets=offsets, tiles=tiles, n_slots=m, n_in=i, n_out=o, fan_in=fan_in, fan_out=fan_out,
-           stride_x=x.stride(0), stride_we=w.stride(0), stride_wi=w.stride(1), stride_wo=w.stride(2), stride_out=o,
-           stride_other=0 if other is None else other.stride(0), BM=block_rows(m, len(w)), HOLD=hold, **options)
-    if fan_out is not None:
-        out = out.view(-1, fan_out, o).sum(1)  # [M / fan_out, O]; torch sums bfloat16 in float32
-    return out[:, :n_out].contiguous(), x.new_empty(0, dtype=torch.float32) if product is None else product.sum(0)
+    y, product = x.new_empty(m, o), x.new_empty(0 if other is None else m, dtype=torch.float32)
+    launch(rows_kernel, len(tiles) * (1 if hold else triton.cdiv(o, options["BN"])), x=x, w=w, y=y, slot=slot,
+           offsets=offsets, tiles=tiles, n_in=i, n_out=o, fan_in=fan_in, stride_x=x.stride(0), stride_we=w.stride(0),
+           stride_wi=w.stride(1), stride_wo=w.stride(2), BM=block_rows(m, len(w)), HOLD=hold, **options)
+    if fan_out is None:
+        return y[:, :n_out].contiguous(), product
+    out, width = x.new_empty(m // fan_out, n_out), triton.next_power_of_2(o)
+    rows = max(1024 // width, 1)  # of a program
+    launch(sum_kernel, triton.cdiv(len(out), rows), x=y, out=out, gate=gate, other=other, product=product, row=row,
+           n=len(out), n_in=o, n_out=n_out, fan_out=fan_out, ROWS=rows, WIDTH=width, num_warps=2)
+    return out, product
 
 
 def triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out):
     n_in, n_out, e, options = x.shape[1], dout.shape[1], len(offsets) - 1, schedule(x)
     x, dout = aligned(x), aligned(dout)
     i, o = x.shape[1], dout.shape[1]
-    bm, dw = 128 if x.element_size() <= 2 else 64, x.new_empty(e, i, o, dtype=torch.float32)
-    launch(dw_kernel, e * triton.cdiv(i, bm) * triton.cdiv(o, options["BN"]), x=x, dout=dout, dw=dw, slot=slot,
-           offsets=offsets, heaviest=offsets.diff().argsort(descending=True).int(), n_in=i, n_out=o,
-           fan_in=fan_in, fan_out=fan_out, stride_x=x.stride(0), stride_dout=dout.stride(0), BM=bm, **options)
+    dw = x.new_empty(e, i, o, dtype=torch.float32)
+    launch(dw_kernel, e * triton.cdiv(i, 128) * triton.cdiv(o, options["BN"]), x=x, dout=dout, dw=dw, slot=slot,
+           offsets=offsets, heaviest=offsets.diff().argsort(descending=True).int(), n_in=i, n_out=o, fan_in=fan_in,
+           fan_out=fan_out, stride_x=x.stride(0), stride_dout=dout.stride(0), BM=128, **options)
     return dw[:, :n_in, :n_out].contiguous()
 
 
 def triton_top_k(x: Tensor, k: int) -> Tensor:
     n_expert, expert = x.shape[-1], x.new_empty(*x.shape[:-1], k, dtype=torch.long)
     n, width = x.numel() // n_expert, triton.next_power_of_2(n_expert)
-    tokens = max(1024 // width, 1)  # of a program
+    tokens = max(512 // width, 1)  # of a program
     launch(top_k_kernel, triton.cdiv(n, tokens), x=x.contiguous(), expert=expert, n=n, n_expert=n_expert, top_k=k,
            TOKENS=tokens, WIDTH=width, num_warps=1)
     return expert
@@ -430,15 +436,20 @@ class _CVMM(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        (x, w, gate, slot, *rest), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
-        dx, dgate = _multiply(dout, w.to(x.dtype).mT, gate, None if gate is None else x, slot, *rest, fan_out, fan_in)
-        # The gate of dw is multiplied in here, into the narrower operand: torch.compile makes it one pass. The kernel
-        # copies its operands to shared memory past the registers, and would be slower if it had to multiply.
-        if gate is not None and x.shape[1] <= dout.shape[1]:
-            x, fan_in = (gather(x, slot, fan_in) * gate[slot, None]).to(x.dtype), None
-        elif gate is not None:
-            dout, fan_out = (gather(dout, slot, fan_out) * gate[slot, None]).to(x.dtype), None
-        return dx, _dw(x, dout, slot, *rest, fan_in, fan_out), None if gate is None else dgate, *[None] * 5
+        (x, w, gate, row, slot, *rest), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
+        gate_x = (None, None) if gate is None or fan_in is None else (gate, x.contiguous())
+        dx, dgate = _multiply(dout, w.to(x.dtype).mT, *gate_x, row, slot, *rest, fan_out, fan_in)
+        if gate is None:
+            return dx, _dw(x, dout, slot, *rest, fan_in, fan_out), *[None] * 7
+        # Where no slots are summed, gates are multiplied in here, and those of dw into the narrower operand, where
+        # torch.compile makes it one pass. The kernels copy operands to shared memory past the registers.
+        if fan_in is None:
+            dx, dgate = gated(dx, gate, slot), (dx * x.to(sum_dtype(x))).sum(1)[row]
+        if x.shape[1] <= dout.shape[1]:
+            x, fan_in = gated(gather(x, slot, fan_in), gate, slot), None
+        else:
+            dout, fan_out = gated(gather(dout, slot, fan_out), gate, slot), None
+        return dx, _dw(x, dout, slot, *rest, fan_in, fan_out), dgate, *[None] * 6
 
 
 def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_out: int | None = None,
@@ -462,6 +473,8 @@ def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_
     gate = None if gate is None else gate.reshape(-1).contiguous()
     if routing.slot is None:
         return definition(x, w, routing.expert, fan_in or 1, fan_out or 1, gate)
+    if gate is not None and fan_out is None:
+        return gated(_CVMM.apply(x, w, None, fan_in, None, *routing[2:]), gate, routing.slot)
     return _CVMM.apply(x, w, gate, fan_in, fan_out, *routing[2:])
 
 
