@@ -251,7 +251,8 @@ def rows_kernel(x, w, y, slot, offsets, tiles, n_in, n_out, stride_x, stride_we,
         for col in range(0, n_out, BN):
             b = tl.load(w_block, mask=(inputs[:, None] < n_in) & (cols[None, :] < n_out - col), other=0.0)
             acc = dot(a, b, tl.zeros((BM, BN), tl.float32), PRECISION, UPCAST)
-            tl.store(y_rows + (col + cols)[None, :], acc.to(y.dtype.element_ty), mask=real & (cols[None, :] < n_out - col))
+            inside = real & (cols[None, :] < n_out - col)
+            tl.store(y_rows + (col + cols)[None, :], acc.to(y.dtype.element_ty), mask=inside)
             w_block += BN * stride_wo
     else:
         acc = tl.zeros((BM, BN), tl.float32)
@@ -266,7 +267,7 @@ def rows_kernel(x, w, y, slot, offsets, tiles, n_in, n_out, stride_x, stride_we,
 
 @jit
 def sum_kernel(x, out, gate, other, product, row,  # gate, and other with product, may be None
-               n, n_in, n_out, fan_out: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+               n, n_out, fan_out: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     t, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, WIDTH)[None, :]
     real = t < n
     target, inside = t[:, None] * n_out + cols, real[:, None] & (cols < n_out)
@@ -274,8 +275,8 @@ def sum_kernel(x, out, gate, other, product, row,  # gate, and other with produc
     if other is not None:
         factor = tl.load(other + target, mask=inside, other=0.0).to(tl.float32)
     for s in tl.range(fan_out, num_stages=3):
-        source = tl.load(row + t * fan_out + s, mask=real, other=0).to(tl.int64)[:, None] * n_in
-        y = tl.load(x + source + cols, mask=real[:, None] & (cols < n_in), other=0.0).to(tl.float32)
+        source = tl.load(row + t * fan_out + s, mask=real, other=0).to(tl.int64)[:, None] * n_out
+        y = tl.load(x + source + cols, mask=inside, other=0.0).to(tl.float32)
         if other is not None:
             tl.store(product + t * fan_out + s, tl.sum(y * factor, 1), mask=real)
         if gate is not None:
@@ -363,41 +364,37 @@ def schedule(x: Tensor) -> dict:
 
 def aligned(t: Tensor) -> Tensor:
     """x [M, I] or w [E, I, O] as the kernels read it: the numbers of a row side by side, and padded to a multiple of 16
-    of them, or they could not be copied asynchronously; w in both dimensions, and a transposed view of it stays one."""
-    if t.dim() == 3 and t.stride(1) == 1 and t.stride(2) != 1:
-        return aligned(t.mT).mT
+    of them, or they could not be copied asynchronously; w in both dimensions, because dx reads its transpose."""
+    if backend(t.device) != "Triton":
+        return t
     pads = [end for size in reversed(t.shape[1:]) for end in (0, -size % 16)]
     return F.pad(t, pads) if any(pads) else t if t.stride(-1) == 1 else t.contiguous()
 
 
 def triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out):
-    m, n_out, options = len(slot), w.shape[2], schedule(x)
-    x, w = aligned(x), aligned(w)
-    i, o = x.shape[1], w.shape[2]  # padded
+    m, (e, i, o), options = len(slot), w.shape, schedule(x)
     if hold := i * x.element_size() <= 256:  # half of the columns: that leaves room to load w ahead
         options |= dict(BN=64, BK=triton.next_power_of_2(i))
     y, product = x.new_empty(m, o), x.new_empty(0 if other is None else m, dtype=torch.float32)
     launch(rows_kernel, len(tiles) * (1 if hold else triton.cdiv(o, options["BN"])), x=x, w=w, y=y, slot=slot,
            offsets=offsets, tiles=tiles, n_in=i, n_out=o, fan_in=fan_in, stride_x=x.stride(0), stride_we=w.stride(0),
-           stride_wi=w.stride(1), stride_wo=w.stride(2), BM=block_rows(m, len(w)), HOLD=hold, **options)
+           stride_wi=w.stride(1), stride_wo=w.stride(2), BM=block_rows(m, e), HOLD=hold, **options)
     if fan_out is None:
-        return y[:, :n_out].contiguous(), product
-    out, width = x.new_empty(m // fan_out, n_out), triton.next_power_of_2(o)
+        return y, product
+    out, width = x.new_empty(m // fan_out, o), triton.next_power_of_2(o)
     rows = max(1024 // width, 1)  # of a program
     launch(sum_kernel, triton.cdiv(len(out), rows), x=y, out=out, gate=gate, other=other, product=product, row=row,
-           n=len(out), n_in=o, n_out=n_out, fan_out=fan_out, ROWS=rows, WIDTH=width, num_warps=2)
+           n=len(out), n_out=o, fan_out=fan_out, ROWS=rows, WIDTH=width, num_warps=2)
     return out, product
 
 
 def triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out):
-    n_in, n_out, e, options = x.shape[1], dout.shape[1], len(offsets) - 1, schedule(x)
-    x, dout = aligned(x), aligned(dout)
-    i, o = x.shape[1], dout.shape[1]
+    e, i, o, options = len(offsets) - 1, x.shape[1], dout.shape[1], schedule(x)
     dw = x.new_empty(e, i, o, dtype=torch.float32)
     launch(dw_kernel, e * triton.cdiv(i, 128) * triton.cdiv(o, options["BN"]), x=x, dout=dout, dw=dw, slot=slot,
            offsets=offsets, heaviest=offsets.diff().argsort(descending=True).int(), n_in=i, n_out=o, fan_in=fan_in,
            fan_out=fan_out, stride_x=x.stride(0), stride_dout=dout.stride(0), BM=128, **options)
-    return dw[:, :n_in, :n_out].contiguous()
+    return dw
 
 
 def triton_top_k(x: Tensor, k: int) -> Tensor:
@@ -431,25 +428,25 @@ class _CVMM(torch.autograd.Function):
     def forward(ctx, x, w, gate, fan_in, fan_out, *routing):
         ctx.save_for_backward(x, w, gate, *routing)
         ctx.fans = fan_in, fan_out
-        return _multiply(x, w.to(x.dtype), gate, None, *routing, fan_in, fan_out)[0]
+        return _multiply(x, aligned(w.to(x.dtype)), gate, None, *routing, fan_in, fan_out)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         (x, w, gate, row, slot, *rest), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
         gate_x = (None, None) if gate is None or fan_in is None else (gate, x.contiguous())
-        dx, dgate = _multiply(dout, w.to(x.dtype).mT, *gate_x, row, slot, *rest, fan_out, fan_in)
-        if gate is None:
-            return dx, _dw(x, dout, slot, *rest, fan_in, fan_out), *[None] * 7
+        dx, dgate = _multiply(dout, aligned(w.to(x.dtype)).mT, *gate_x, row, slot, *rest, fan_out, fan_in)
         # Where no slots are summed, gates are multiplied in here, and those of dw into the narrower operand, where
         # torch.compile makes it one pass. The kernels copy operands to shared memory past the registers.
-        if fan_in is None:
-            dx, dgate = gated(dx, gate, slot), (dx * x.to(sum_dtype(x))).sum(1)[row]
-        if x.shape[1] <= dout.shape[1]:
+        if gate is not None and fan_in is None:
+            dgate = (dx * x.to(sum_dtype(x))).sum(1)[row]
+            dx.mul_(gate[slot, None])
+        if gate is not None and x.shape[1] <= dout.shape[1]:
             x, fan_in = gated(gather(x, slot, fan_in), gate, slot), None
-        else:
+        elif gate is not None:
             dout, fan_out = gated(gather(dout, slot, fan_out), gate, slot), None
-        return dx, _dw(x, dout, slot, *rest, fan_in, fan_out), dgate, *[None] * 6
+        dw = _dw(x, dout, slot, *rest, fan_in, fan_out)[:, : w.shape[1], : w.shape[2]]  # without the padding
+        return dx, dw, None if gate is None else dgate, *[None] * 6
 
 
 def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_out: int | None = None,
@@ -473,9 +470,8 @@ def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_
     gate = None if gate is None else gate.reshape(-1).contiguous()
     if routing.slot is None:
         return definition(x, w, routing.expert, fan_in or 1, fan_out or 1, gate)
-    if gate is not None and fan_out is None:
-        return gated(_CVMM.apply(x, w, None, fan_in, None, *routing[2:]), gate, routing.slot)
-    return _CVMM.apply(x, w, gate, fan_in, fan_out, *routing[2:])
+    y = _CVMM.apply(aligned(x), w, gate if fan_out else None, fan_in, fan_out, *routing[2:])[:, : w.shape[2]]
+    return y if gate is None or fan_out else gated(y, gate, routing.slot)
 
 
 # The bench: the feedforwards of models that people train, beside dense ones of equal FLOPs ---------------------------

@@ -585,10 +585,11 @@ def test_custom_ops(path, gated, dtype, fans):
     x, w = x.to(dtype), w.to(dtype)
     m = len(x) * (fans[0] or 1)
     *r, dout = *cvmm.route(torch.randint(4, (m,), device=DEVICE), 4)[2:], x.new_ones(m // fans[1], 23)
-    for a, b in ((x, w), (x.T.contiguous().T, w.mT.contiguous().mT)):
-        rest = *((gate[0], dout) if gated else (None, None)), *r, *fans
+    turned = [cvmm.aligned(t) for t in (x.T.contiguous().T, w.mT.contiguous(), dout)]
+    for a, b, d in ((x, w, dout), (turned[0], turned[1].mT, turned[2])):
+        rest = *((gate[0], d) if gated else (None, None)), *r, *fans
         torch.library.opcheck(torch.ops.moeut.cvmm.default, (a, b, *rest))
-        torch.library.opcheck(torch.ops.moeut.cvmm_dw.default, (a, dout, *r[1:], *fans))
+        torch.library.opcheck(torch.ops.moeut.cvmm_dw.default, (a, d, *r[1:], *fans))
 
 
 @pytest.mark.parametrize("n_expert, k", [(1, 1), (10, 2), (155, 12), (5, 5), (1024, 3), (2000, 2)])
