@@ -49,7 +49,7 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
         import triton
         import triton.language as tl
 
-INTERPRETED = bool(triton) and triton.knobs.runtime.interpret  # kernels run in Python, also on a CPU: for tests
+INTERPRETED = triton and tl.constexpr(triton.knobs.runtime.interpret)  # in Python, also on a CPU: for tests
 jit = triton.jit if triton else lambda function: function
 force = None  # "PyTorch" | "Triton": tests compare the two
 FEW_SLOTS = 16  # of a decoded token, without gradients: up to here the definition takes less time than sorting
@@ -86,19 +86,19 @@ class Routing(NamedTuple):
 
     expert: Tensor  # [M] the expert of each slot
     n_expert: int
-    row: Tensor | None  # [M] the row of each slot; None if they are so few that they are not sorted: row s is slot s
-    slot: Tensor | None  # [M] the slot of each row
-    offsets: Tensor | None  # [E + 1] where the rows of each expert begin, and where all end
-    tiles: Tensor | None  # [n, 2] for the first kernel: expert and first row of each tile; None for PyTorch
+    row: Tensor | None = None  # [M] the row of each slot; None if they are so few that nobody sorts: row s is slot s
+    slot: Tensor | None = None  # [M] the slot of each row
+    offsets: Tensor | None = None  # [E + 1] where the rows of each expert begin, and where all end
+    tiles: Tensor | None = None  # [n, 2] for the first kernel: expert and first row of each tile; None for PyTorch
 
 
 def route(expert: Tensor, n_expert: int) -> Routing:
     """Sort the slots by expert; for Triton without a host synchronisation.
 
     Args: expert, integers in [0, n_expert), of any shape, slots in token-major order.
-    Raises TypeError for experts that are not integers; ValueError if n_expert does not fit 16 bits and, here or in
-    cvmm, for a choice that does not exist. With Triton nobody looks, because the host would have to wait: the output
-    and the gradients of such a slot are whatever was in memory.
+    Raises TypeError for experts that are not integers; ValueError if n_expert does not fit 16 bits and, in cvmm, for a
+    choice that does not exist. With Triton nobody looks, because the host would have to wait: the output and the
+    gradients of the token of such a slot are whatever was in memory.
     """
     if expert.is_floating_point() or expert.is_complex() or expert.dtype == torch.bool:
         raise TypeError(f"route: experts are numbers of dtype {expert.dtype}, but must be integers.")
@@ -106,22 +106,17 @@ def route(expert: Tensor, n_expert: int) -> Routing:
         raise ValueError(f"route: n_expert is {n_expert}: it must be at least 1, and below 32768 to fit 16 bits.")
     expert, on_triton = expert.flatten(), backend(expert.device) == "Triton"
     if len(expert) <= FEW_SLOTS and not (on_triton or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        check_experts(all(0 <= e < n_expert for e in expert.tolist()), n_expert)
-        return Routing(expert, n_expert, None, None, None, None)
+        if all(0 <= e < n_expert for e in expert.tolist()):  # else cvmm raises
+            return Routing(expert, n_expert)
     # Stable, so that sums have a fixed order and the slots of an expert ascend. In 16 bits, as a GPU sorts bit by bit;
     # clamped first, as otherwise an expert that does not exist could become one that does.
     ids, slot = expert.long().clamp(-1, n_expert).short().sort(stable=True)      # [M] both
     row = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(slot), device=slot.device))  # [M]
     offsets = torch.searchsorted(ids, torch.arange(n_expert + 1, device=ids.device, dtype=ids.dtype))
     if not on_triton:
-        return Routing(expert, n_expert, row, slot, offsets, None)
+        return Routing(expert, n_expert, row, slot, offsets)
     tiles = tile_table(offsets, len(slot), n_expert)
     return Routing(expert, n_expert, row.int(), slot.int(), offsets.int(), tiles.int())
-
-
-def check_experts(exist: bool, n_expert: int):
-    if not exist:
-        raise ValueError(f"An expert was chosen that is not one of the {n_expert}: they are numbered from 0.")
 
 
 # The custom ops, opaque to torch.compile, and the PyTorch path: gather all rows, a matmul per expert, sum the slots ---
@@ -140,15 +135,16 @@ def gated(y: Tensor, gate: Tensor, slot: Tensor) -> Tensor:
 def experts(slot: Tensor, offsets: Tensor):
     """(expert, its rows as a slice) for each expert, also for those without rows."""
     ends = offsets.tolist()
-    check_experts(ends[0] == 0 and ends[-1] == len(slot), len(ends) - 1)
+    if ends[0] > 0 or ends[-1] < len(slot):
+        raise ValueError(f"An expert was chosen that is not one of the {len(ends) - 1}: they are numbered from 0.")
     return enumerate(map(slice, ends, ends[1:]))
 
 
 @torch.library.custom_op("moeut::cvmm", mutates_args=())
 def _multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, row: Tensor, slot: Tensor,
               offsets: Tensor, tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
-    """The operation: [M / fan_out, O], with gates only where slots are summed. And, for dgate, the dot products [M] of
-    what each slot gives, before its gate, with its row of other [M / fan_out, O]; [0] without other."""
+    """The operation: [M / fan_out, O]; and, for dgate, the dot products [M] of what each slot gives, before its gate,
+    with its row of other [M / fan_out, O]; [0] without other. Gate and other come only where slots are summed."""
     with torch.autocast(x.device.type, enabled=False):  # it would change the sums
         if tiles is not None:
             return triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out)
@@ -187,7 +183,7 @@ _dw.register_fake(lambda x, dout, slot, offsets, *_: x.new_empty(
     offsets.shape[0] - 1, x.shape[1], dout.shape[1], dtype=sum_dtype(x)))
 
 
-# The Triton path: three kernels, one for routers, and what launches them ---------------------------------------------
+# The Triton path: three kernels, another for routers, and what launches them -----------------------------------------
 #
 # The first multiplies rows by the matrix of their expert, forward and for dx, in tiles of up to BM rows of one expert:
 #
@@ -196,17 +192,18 @@ _dw.register_fake(lambda x, dout, slot, offsets, *_: x.new_empty(
 #             acc += x[slot[rows] // fan_in, inputs] @ w[expert, inputs, columns]
 #         y[rows, columns] = acc
 #
-# The second sums the slots, as soon as they are in memory:
+# Where a row of x is short, of at most 256 bytes, a block is done before the loads of the next could arrive. There one
+# program owns a tile: it holds its rows of x (HOLD), and goes through all blocks of columns, with w loaded ahead.
 #
-#     for each row t of out, for each of its slots s:                         one program for a few rows
+# The second sums the slots, when all are in memory:
+#
+#     for each token t of out, for each of its slots s:                       one program for a few tokens
 #         product[s] = <y[row[s]], other[t]>                                  for dgate only
 #         out[t] += gate[s] * y[row[s]]
 #
 # For dx, x is dout and other is x. There are no atomics: every number is written once, in a fixed order of summation,
-# so that two runs give the same bits. The price is to write M rows, and to read them for the sum.
-#
-# Where a row of x is short, of at most 256 bytes, a block is done before the loads of the next could arrive. There one
-# program owns a tile: it holds its rows of x (HOLD), and goes through all blocks of columns, with w loaded ahead.
+# so that two runs give the same bits. The price is to write M rows, and to read them for the sum. The fans are known to
+# the compiler, because it takes many instructions to divide by an unknown number.
 
 
 def tile_table(offsets: Tensor, m: int, n_expert: int) -> Tensor:
@@ -227,7 +224,7 @@ def block_rows(m: int, n_expert: int) -> int:
 @jit
 def rows_kernel(x, w, y, slot, offsets, tiles, n_in, n_out, stride_x, stride_we, stride_wi, stride_wo,
                 fan_in: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HOLD: tl.constexpr,
-                PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+                PRECISION: tl.constexpr):
     n_blocks = 1 if HOLD else tl.cdiv(n_out, BN)
     tile, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks  # so the rows of a tile stay in L2
     expert = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -242,15 +239,14 @@ def rows_kernel(x, w, y, slot, offsets, tiles, n_in, n_out, stride_x, stride_we,
         source = tl.load(slot + source) // fan_in
     inputs = tl.arange(0, BK)
     cols = block * BN + tl.arange(0, BN)
-    x_block = x + source.to(tl.int64)[:, None] * stride_x + inputs[None, :]                      # [BM, BK]
-    w_block = w + expert * stride_we + inputs[:, None] * stride_wi + cols[None, :] * stride_wo   # [BK, BN]
-    y_rows = y + rows.to(tl.int64)[:, None] * n_out                                              # [BM, 1]
-
+    x_block = x + source.to(tl.int64)[:, None] * stride_x + inputs[None, :]                                  # [BM, BK]
+    w_block = w + expert * stride_we + inputs[:, None] * stride_wi + cols.to(tl.int64)[None, :] * stride_wo  # [BK, BN]
+    y_rows = y + rows.to(tl.int64)[:, None] * n_out                                                          # [BM, 1]
     if HOLD:
         a = tl.load(x_block, mask=inputs[None, :] < n_in, other=0.0)
         for col in range(0, n_out, BN):
             b = tl.load(w_block, mask=(inputs[:, None] < n_in) & (cols[None, :] < n_out - col), other=0.0)
-            acc = dot(a, b, tl.zeros((BM, BN), tl.float32), PRECISION, UPCAST)
+            acc = dot(a, b, tl.zeros((BM, BN), tl.float32), PRECISION)
             inside = real & (cols[None, :] < n_out - col)
             tl.store(y_rows + (col + cols)[None, :], acc.to(y.dtype.element_ty), mask=inside)
             w_block += BN * stride_wo
@@ -259,35 +255,36 @@ def rows_kernel(x, w, y, slot, offsets, tiles, n_in, n_out, stride_x, stride_we,
         for i in range(0, n_in, BK):
             a = tl.load(x_block, mask=inputs[None, :] < n_in - i, other=0.0)
             b = tl.load(w_block, mask=(inputs[:, None] < n_in - i) & (cols[None, :] < n_out), other=0.0)
-            acc = dot(a, b, acc, PRECISION, UPCAST)
+            acc = dot(a, b, acc, PRECISION)
             x_block += BK
             w_block += BK * stride_wi
         tl.store(y_rows + cols[None, :], acc.to(y.dtype.element_ty), mask=real & (cols[None, :] < n_out))
 
 
 @jit
-def sum_kernel(x, out, gate, other, product, row,  # gate, and other with product, may be None
-               n, n_out, fan_out: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    t, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, WIDTH)[None, :]
+def sum_kernel(y, out, gate, other, product, row, n, n_out,  # gate and other may be None
+               fan_out: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+    t, cols = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64), tl.arange(0, WIDTH)[None, :]
     real = t < n
     target, inside = t[:, None] * n_out + cols, real[:, None] & (cols < n_out)
-    acc = tl.zeros((ROWS, WIDTH), tl.float32)
     if other is not None:
         factor = tl.load(other + target, mask=inside, other=0.0).to(tl.float32)
-    for s in tl.range(fan_out, num_stages=3):
-        source = tl.load(row + t * fan_out + s, mask=real, other=0).to(tl.int64)[:, None] * n_out
-        y = tl.load(x + source + cols, mask=inside, other=0.0).to(tl.float32)
+    acc = tl.zeros((TOKENS, WIDTH), tl.float32)
+    for k in tl.range(fan_out, num_stages=3):
+        s = t * fan_out + k
+        source = tl.load(row + s, mask=real, other=0).to(tl.int64)[:, None] * n_out + cols
+        part = tl.load(y + source, mask=inside, other=0.0).to(tl.float32)
         if other is not None:
-            tl.store(product + t * fan_out + s, tl.sum(y * factor, 1), mask=real)
+            tl.store(product + s, tl.sum(part * factor, 1), mask=real)
         if gate is not None:
-            y *= tl.load(gate + t * fan_out + s, mask=real, other=0.0)[:, None]
-        acc += y
+            part *= tl.load(gate + s, mask=real, other=0.0).to(tl.float32)[:, None]
+        acc += part
     tl.store(out + target, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
-def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter multiplies bfloat16 wrongly
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:  # which would multiply bfloat16 wrongly
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -299,12 +296,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 #             acc += x[slot[rows] // fan_in, inputs]^T @ dout[slot[rows] // fan_out, outputs]
 #         dw[expert, inputs, outputs] = acc                                            zeros for an empty expert
 #
-# The slots of a block are loaded one round ahead, because the loads of x and dout have to wait for them. The fans are
-# constants here, as the round would be full of divisions by numbers that the compiler does not know.
+# The slots of a block are loaded one round ahead, because the loads of x and dout have to wait for them.
 @jit
 def dw_kernel(x, dout, dw, slot, offsets, heaviest, n_in, n_out, stride_x, stride_dout, fan_in: tl.constexpr,
-              fan_out: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-              UPCAST: tl.constexpr):
+              fan_out: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     blocks_o = tl.cdiv(n_out, BN)
     blocks = tl.cdiv(n_in, BM) * blocks_o
     block = tl.program_id(0) % blocks
@@ -320,11 +315,11 @@ def dw_kernel(x, dout, dw, slot, offsets, heaviest, n_in, n_out, stride_x, strid
         real = (rows < end)[:, None]
         source = (rows if fan_in is None else s // fan_in).to(tl.int64)[:, None]
         sink = (rows if fan_out is None else s // fan_out).to(tl.int64)[:, None]
-        rows += BK
+        rows += BK  # of the next round
         s = tl.load(slot + rows, mask=rows < end, other=0)
         a = tl.load(x + source * stride_x + inputs[None, :], mask=real & (inputs[None, :] < n_in), other=0.0)
         b = tl.load(dout + sink * stride_dout + outputs[None, :], mask=real & (outputs[None, :] < n_out), other=0.0)
-        acc = dot(tl.trans(a), b, acc, PRECISION, UPCAST)
+        acc = dot(tl.trans(a), b, acc, PRECISION)
 
     target = (expert.to(tl.int64) * n_in + inputs[:, None]) * n_out + outputs[None, :]
     tl.store(dw + target, acc, mask=(inputs[:, None] < n_in) & (outputs[None, :] < n_out))
@@ -337,9 +332,8 @@ def dw_kernel(x, dout, dw, slot, offsets, heaviest, n_in, n_out, stride_x, strid
 def top_k_kernel(x, expert, n, n_expert, top_k, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     token, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64), tl.arange(0, WIDTH)
     inside = (token < n)[:, None] & (e < n_expert)[None, :]
-    bits = tl.load(x + token[:, None] * n_expert + e[None, :], mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    bits = tl.load(x + token[:, None] * n_expert + e[None, :], mask=inside, other=-1)  # of floats, the smallest else
     key = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -(2**31) + 1)  # an integer, in the order of the floats
-    key = tl.where(inside, key, -(2**31))
     for k in range(top_k):
         best = tl.min(tl.where(key == tl.max(key, 1)[:, None], e[None, :], WIDTH), 1)  # of equal ones the first
         tl.store(expert + token * top_k + k, best, mask=token < n)
@@ -348,18 +342,18 @@ def top_k_kernel(x, expert, n, n_expert, top_k, TOKENS: tl.constexpr, WIDTH: tl.
 
 def launch(kernel, programs: int, **arguments):
     """The one place where kernels start; tests look on."""
-    with torch.cuda.device_of(arguments["x"]):  # Triton launches on the current device, whatever the tensors are on
+    first = next(iter(arguments.values()))
+    with torch.cuda.device_of(first):  # Triton launches on the current device, whatever the tensors are on
         kernel[(programs,)](**arguments)
 
 
 def schedule(x: Tensor) -> dict:
-    """Block sizes, chosen on an H200, without spills there and on sm_80 (`python -m pytest -m slow`); the format."""
+    """Block sizes, chosen on an H200, without spills there and on sm_80 (`python -m pytest -m slow`); precision."""
     if x.dtype == torch.float64:
         raise TypeError("The Triton kernels sum in float32 and take no float64: use float32, or a CPU.")
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None  # AMD has none in Triton
-    BN, BK = (128, 64) if x.element_size() <= 2 else (64, 32)
-    return dict(BN=BN, BK=BK, num_warps=8, num_stages=3, UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-                PRECISION="tf32" if tf32 and x.dtype == torch.float32 else "ieee")
+    BN, BK = (128, 64) if x.element_size() <= 2 else (64, 32 if tf32 else 16)
+    return dict(BN=BN, BK=BK, num_warps=8, num_stages=3, PRECISION="tf32" if tf32 else "ieee")
 
 
 def aligned(t: Tensor) -> Tensor:
@@ -368,12 +362,14 @@ def aligned(t: Tensor) -> Tensor:
     if backend(t.device) != "Triton":
         return t
     pads = [end for size in reversed(t.shape[1:]) for end in (0, -size % 16)]
-    return F.pad(t, pads) if any(pads) else t if t.stride(-1) == 1 else t.contiguous()
+    if any(pads):
+        return F.pad(t, pads)
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out):
     m, (e, i, o), options = len(slot), w.shape, schedule(x)
-    if hold := i * x.element_size() <= 256:  # half of the columns: that leaves room to load w ahead
+    if hold := i * x.element_size() <= 256:  # with 64 columns there is room to load w ahead
         options |= dict(BN=64, BK=triton.next_power_of_2(i))
     y, product = x.new_empty(m, o), x.new_empty(0 if other is None else m, dtype=torch.float32)
     launch(rows_kernel, len(tiles) * (1 if hold else triton.cdiv(o, options["BN"])), x=x, w=w, y=y, slot=slot,
@@ -382,9 +378,9 @@ def triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_ou
     if fan_out is None:
         return y, product
     out, width = x.new_empty(m // fan_out, o), triton.next_power_of_2(o)
-    rows = max(1024 // width, 1)  # of a program
-    launch(sum_kernel, triton.cdiv(len(out), rows), x=y, out=out, gate=gate, other=other, product=product, row=row,
-           n=len(out), n_out=o, fan_out=fan_out, ROWS=rows, WIDTH=width, num_warps=2)
+    tokens = max(1024 // width, 1)  # of a program
+    launch(sum_kernel, triton.cdiv(len(out), tokens), y=y, out=out, gate=gate, other=other, product=product, row=row,
+           n=len(out), n_out=o, fan_out=fan_out, TOKENS=tokens, WIDTH=width, num_warps=max(2, width // 1024))
     return out, product
 
 
@@ -401,8 +397,8 @@ def triton_top_k(x: Tensor, k: int) -> Tensor:
     n_expert, expert = x.shape[-1], x.new_empty(*x.shape[:-1], k, dtype=torch.long)
     n, width = x.numel() // n_expert, triton.next_power_of_2(n_expert)
     tokens = max(512 // width, 1)  # of a program
-    launch(top_k_kernel, triton.cdiv(n, tokens), x=x.contiguous(), expert=expert, n=n, n_expert=n_expert, top_k=k,
-           TOKENS=tokens, WIDTH=width, num_warps=1)
+    launch(top_k_kernel, triton.cdiv(n, tokens), x=x.contiguous().view(torch.int32), expert=expert, n=n,
+           n_expert=n_expert, top_k=k, TOKENS=tokens, WIDTH=width, num_warps=1)
     return expert
 
 
@@ -415,9 +411,8 @@ _top_k.register_fake(lambda x, k: x.new_empty(*x.shape[:-1], k, dtype=torch.long
 
 def top_k(x: Tensor, k: int) -> Tensor:
     """The places of the k largest numbers of the last dimension, in any order: [..., n] -> [..., k]"""
-    if backend(x.device) == "Triton" and x.dtype == torch.float32 and k <= x.shape[-1] <= 1024:
-        return _top_k(x, k)
-    return x.topk(k, sorted=False).indices
+    fast = backend(x.device) == "Triton" and x.dtype == torch.float32 and k <= x.shape[-1] <= 1024
+    return _top_k(x, k) if fast else x.topk(k, sorted=False).indices
 
 
 class _CVMM(torch.autograd.Function):
@@ -436,11 +431,11 @@ class _CVMM(torch.autograd.Function):
         (x, w, gate, row, slot, *rest), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
         gate_x = (None, None) if gate is None or fan_in is None else (gate, x.contiguous())
         dx, dgate = _multiply(dout, aligned(w.to(x.dtype)).mT, *gate_x, row, slot, *rest, fan_out, fan_in)
-        # Where no slots are summed, gates are multiplied in here, and those of dw into the narrower operand, where
-        # torch.compile makes it one pass. The kernels copy operands to shared memory past the registers.
+        # Where no slots are summed, gates are multiplied in here, and those of dw into the narrower operand, in sight
+        # of torch.compile, which makes it one pass. dw_kernel copies its operands to shared memory past the registers.
         if gate is not None and fan_in is None:
             dgate = (dx * x.to(sum_dtype(x))).sum(1)[row]
-            dx.mul_(gate[slot, None])
+            dx.mul_(gate[slot, None])  # after dgate, which is made of it
         if gate is not None and x.shape[1] <= dout.shape[1]:
             x, fan_in = gated(gather(x, slot, fan_in), gate, slot), None
         elif gate is not None:

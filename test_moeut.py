@@ -230,7 +230,7 @@ def test_macs_are_those_that_torch_counts(changes):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    formulas = {torch.ops.moeut.cvmm: lambda x, w, gate, other, slot, *_, **__: 2 * slot[0] * w[1] * w[2]}
+    formulas = {torch.ops.moeut.cvmm: lambda x, w, gate, other, row, *_, **__: 2 * row[0] * w[1] * w[2]}
     c = tiny(**changes)
     with FlopCounterMode(display=False, custom_mapping=formulas) as forward, sdpa_kernel(SDPBackend.MATH):
         MoEUT(c)(tokens(2, 16))
@@ -631,14 +631,15 @@ def test_model_trains(dtype, tolerance, monkeypatch):
 
 
 @needs_triton
-def test_offsets_beyond_32_bits(monkeypatch):
-    """Rows and experts 2^30 numbers apart: the third begins where 32-bit integers end."""
+@pytest.mark.parametrize("size, strides", [((3, 16, 32), (2**30, 32, 1)), ((1, 144, 144), (1, 2**24, 1))], ids=str)
+def test_offsets_beyond_32_bits(size, strides, monkeypatch):
+    """Rows and experts 2^30 numbers apart: the third begins where 32-bit integers end. Or inputs 2^24 apart."""
     monkeypatch.setattr(cvmm, "force", "Triton")
-    shapes = ((3, 16), (2**30, 1)), ((3, 16, 32), (2**30, 32, 1))  # and strides: few pages are touched
-    x, w = (torch.empty(2**31 + 2**12, dtype=torch.float16, device=DEVICE).as_strided(*shape) for shape in shapes)
+    shapes = (((3, size[1]), (2**30, 1)), (size, strides))  # few pages are touched
+    x, w = (torch.empty(2**31 + 2**28, dtype=torch.float16, device=DEVICE).as_strided(*shape) for shape in shapes)
     x.normal_(), w.normal_().div_(4)
-    expert = torch.tensor([0, 1, 2, 2, 2, 0], device=DEVICE)
-    ours = output_and_grads(lambda x, w: cvmm.cvmm(x, w, cvmm.route(expert, 3), 2, 1), (x, w))
+    expert = torch.tensor([0, 1, 2, 2, 2, 0], device=DEVICE) % len(w)
+    ours = output_and_grads(lambda x, w: cvmm.cvmm(x, w, cvmm.route(expert, len(w)), 2, 1), (x, w))
     close(ours, output_and_grads(lambda x, w: cvmm.definition(x, w, expert, 2), (x.float(), w.float())), 2e-3)
 
 
