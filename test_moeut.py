@@ -597,6 +597,7 @@ def test_top_k(path, n_expert, k):
     """Of equal numbers any may be chosen, but none twice, also where all are -inf or nan."""
     logits = torch.randn(7, 3, n_expert, device=DEVICE).transpose(0, 1)
     logits[0, :4] = torch.tensor([[0.0], [-math.inf], [math.nan], [-math.nan]])
+    logits[0, 4] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # the nan that is the smallest integer
     logits[1, 0, n_expert // 2 :] = -math.inf  # dropped experts
     for x in (logits, logits.double()):
         with mock.patch.object(cvmm, "launch", wraps=cvmm.launch) as launch:
