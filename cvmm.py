@@ -245,10 +245,10 @@ def rows_kernel(x, w, y, slot, offsets, tiles, n_in, n_out, stride_x, stride_we,
     if HOLD:
         a = tl.load(x_block, mask=inputs[None, :] < n_in, other=0.0)
         for col in range(0, n_out, BN):
-            b = tl.load(w_block, mask=(inputs[:, None] < n_in) & (cols[None, :] < n_out - col), other=0.0)
+            inside = cols[None, :] < n_out - col
+            b = tl.load(w_block, mask=(inputs[:, None] < n_in) & inside, other=0.0)
             acc = dot(a, b, tl.zeros((BM, BN), tl.float32), PRECISION)
-            inside = real & (cols[None, :] < n_out - col)
-            tl.store(y_rows + (col + cols)[None, :], acc.to(y.dtype.element_ty), mask=inside)
+            tl.store(y_rows + (col + cols)[None, :], acc.to(y.dtype.element_ty), mask=real & inside)
             w_block += BN * stride_wo
     else:
         acc = tl.zeros((BM, BN), tl.float32)
@@ -416,8 +416,8 @@ def top_k(x: Tensor, k: int) -> Tensor:
 
 
 class _CVMM(torch.autograd.Function):
-    """Casts w to the precision of x, forward and backward, and saves w itself: the repeats of a layer keep no copies,
-    and their gradients add up in float32. torch.compile merges the casts of all repeats into one."""
+    """Casts and pads w like x, forward and backward, and saves w itself: the repeats of a layer keep no copies, and
+    their gradients add up in float32. torch.compile merges the casts of all repeats into one. Gates need a fan_out."""
 
     @staticmethod
     def forward(ctx, x, w, gate, fan_in, fan_out, *routing):
@@ -431,15 +431,16 @@ class _CVMM(torch.autograd.Function):
         (x, w, gate, row, slot, *rest), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
         gate_x = (None, None) if gate is None or fan_in is None else (gate, x.contiguous())
         dx, dgate = _multiply(dout, aligned(w.to(x.dtype)).mT, *gate_x, row, slot, *rest, fan_out, fan_in)
-        # Where no slots are summed, gates are multiplied in here, and those of dw into the narrower operand, in sight
-        # of torch.compile, which makes it one pass. dw_kernel copies its operands to shared memory past the registers.
-        if gate is not None and fan_in is None:
-            dgate = (dx * x.to(sum_dtype(x))).sum(1)[row]
-            dx.mul_(gate[slot, None])  # after dgate, which is made of it
-        if gate is not None and x.shape[1] <= dout.shape[1]:
-            x, fan_in = gated(gather(x, slot, fan_in), gate, slot), None
-        elif gate is not None:
-            dout, fan_out = gated(gather(dout, slot, fan_out), gate, slot), None
+        if gate is not None:
+            # In sight of torch.compile, which makes it one pass: the gates of dx, where no slots are summed, and those
+            # of dw, in its narrower operand. dw_kernel copies operands past the registers, and could not multiply them.
+            if fan_in is None:
+                dgate = (dx * x.to(sum_dtype(x))).sum(1)[row]
+                dx.mul_(gate[slot, None])  # after dgate, which is made of it
+            if x.shape[1] <= dout.shape[1]:
+                x, fan_in = gated(gather(x, slot, fan_in), gate, slot), None
+            else:
+                dout, fan_out = gated(gather(dout, slot, fan_out), gate, slot), None
         dw = _dw(x, dout, slot, *rest, fan_in, fan_out)[:, : w.shape[1], : w.shape[2]]  # without the padding
         return dx, dw, None if gate is None else dgate, *[None] * 6
 
