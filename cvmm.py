@@ -52,7 +52,7 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
 INTERPRETED = triton and tl.constexpr(triton.knobs.runtime.interpret)  # in Python, also on a CPU: for tests
 jit = triton.jit if triton else lambda function: function
 force = None  # "PyTorch" | "Triton": tests compare the two
-FEW_SLOTS = 16  # of a decoded token, without gradients: up to here the definition takes less time than sorting
+FEW_SLOTS = dict(PyTorch=16, Triton=64)  # of a decoded token, without gradients: up to here nobody sorts
 
 
 def backend(device: torch.device) -> str:
@@ -71,6 +71,13 @@ def definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int = 1, fan_out: i
     for s, e in enumerate(expert.tolist()):
         out[s // fan_out] += gate[s] * x[s // fan_in] @ w[e].to(x.dtype)
     return out.to(x.dtype)
+
+
+def few(x: Tensor, w: Tensor, expert: Tensor, fan_in: int = 1, fan_out: int = 1, gate: Tensor | None = None):
+    """The same for the few slots of a decoded token on a GPU, where each launch costs more than a copy of matrices."""
+    y = x.repeat_interleave(fan_in, 0).unsqueeze(1) @ w[expert].to(x.dtype)                      # [M, 1, O]
+    y = y if gate is None else y * gate[:, None, None]                                           # [M, 1, O]
+    return y.view(-1, fan_out, w.shape[2]).sum(1).to(x.dtype)                                    # [M / fan_out, O]
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -97,23 +104,23 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 
     Args: expert, integers in [0, n_expert), of any shape, slots in token-major order.
     Raises TypeError for experts that are not integers; ValueError if n_expert does not fit 16 bits and, in cvmm, for a
-    choice that does not exist. With Triton nobody looks, because the host would have to wait: the output and the
-    gradients of the token of such a slot are whatever was in memory.
+    choice that does not exist. With Triton nobody looks, because the host would have to wait: what the token of such a
+    slot gets is undefined.
     """
     if expert.is_floating_point() or expert.is_complex() or expert.dtype == torch.bool:
         raise TypeError(f"route: experts are numbers of dtype {expert.dtype}, but must be integers.")
     if not 1 <= n_expert < 2**15:
         raise ValueError(f"route: n_expert is {n_expert}: it must be at least 1, and below 32768 to fit 16 bits.")
-    expert, on_triton = expert.flatten(), backend(expert.device) == "Triton"
-    if len(expert) <= FEW_SLOTS and not (on_triton or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        if all(0 <= e < n_expert for e in expert.tolist()):  # else cvmm raises
+    expert, path = expert.flatten(), backend(expert.device)
+    if len(expert) <= FEW_SLOTS[path] and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if path == "Triton" or all(0 <= e < n_expert for e in expert.tolist()):  # else cvmm raises
             return Routing(expert, n_expert)
     # Stable, so that sums have a fixed order and the slots of an expert ascend. In 16 bits, as a GPU sorts bit by bit;
     # clamped first, as otherwise an expert that does not exist could become one that does.
     ids, slot = expert.long().clamp(-1, n_expert).short().sort(stable=True)      # [M] both
     row = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(slot), device=slot.device))  # [M]
     offsets = torch.searchsorted(ids, torch.arange(n_expert + 1, device=ids.device, dtype=ids.dtype))
-    if not on_triton:
+    if path == "PyTorch":
         return Routing(expert, n_expert, row, slot, offsets)
     tiles = tile_table(offsets, len(slot), n_expert)
     return Routing(expert, n_expert, row.int(), slot.int(), offsets.int(), tiles.int())
@@ -465,7 +472,8 @@ def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_
     x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w.dtype)
     gate = None if gate is None else gate.reshape(-1).contiguous()
     if routing.slot is None:
-        return definition(x, w, routing.expert, fan_in or 1, fan_out or 1, gate)
+        multiply = few if backend(x.device) == "Triton" else definition
+        return multiply(x, w, routing.expert, fan_in or 1, fan_out or 1, gate)
     y = _CVMM.apply(aligned(x), w, gate if fan_out else None, fan_in, fan_out, *routing[2:])[:, : w.shape[2]]
     return y if gate is None or fan_out else gated(y, gate, routing.slot)
 
