@@ -800,7 +800,12 @@ def test_vocabulary(run):
 
 
 def test_tokens_are_cached(run):
-    """All runs on a text share its tokens; they are made anew if they are damaged, or if the text is another."""
+    """All runs on a text share its tokens; they are made anew if they are damaged, or if the text is another. What a
+    run has begun to write goes when it is told to end."""
+    with (mock.patch("text.split", lambda _: signal.raise_signal(signal.SIGTERM)),
+          pytest.raises(SystemExit, match="143")):
+        run(train, *SMALL, "--tokenizer=bytes")
+    assert not list(Path("cache/moeut").iterdir())
     first = decoded(read("text.txt")[1])
     with mock.patch("text.read_documents", None):
         assert decoded(read("./text.*", "text.txt")[1]) == first

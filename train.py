@@ -106,6 +106,7 @@ def parse(doc: str, *classes) -> list[dict]:
 def cli(main):
     """Run a script. What stops it is said in one sentence: by sys.exit where it is found, or here."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: half of a file would be left
     for stream in (sys.stdout, sys.stderr):  # for terminals that know fewer characters than the text has
         stream.reconfigure(errors="replace", line_buffering=True)
     try:
