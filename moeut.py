@@ -25,7 +25,7 @@ Letters in the shape comments, code name and meaning:
     L  n_layer       layer applications                 G  group_size   distinct layers
     H  n_head        attention heads                    D  head_size    width of a head
     E  n_expert      feedforward experts                K  top_k        ... chosen per token
-    F  expert_size   hidden units of an expert          P               rotated dimensions of a head
+    F  expert_size   hidden units of an expert          P               rotated pairs of dimensions of a head
     A  n_att_expert  experts per head                   J  att_top_k    ... chosen per token and head
 
 Attention and feedforward get two views of the residual stream s: they transform x, and their queries, keys and routers
@@ -172,19 +172,19 @@ class DenseFFN(nn.Module):
 
 
 def rotary_table(head_size: int, n: int, device=None) -> Tensor:
-    """cos and sin [2, n, 1, 1, P/2] for positions 0..n-1. Pairs of dimensions of q and k are turned by an angle
+    """cos and sin [2, n, 1, 1, P] for positions 0..n-1. Pairs of dimensions of q and k are turned by an angle
     that grows with the position, so that their product depends on the distance only."""
-    P = head_size // 4 * 2  # the first half of a head is rotated, rounded down to an even number
-    frequency = 10000 ** -(torch.arange(0, P, 2, device=device) / P)                     # [P/2]
-    angle = torch.arange(n, device=device).view(-1, 1, 1, 1) * frequency                 # [n, 1, 1, P/2]
+    P = head_size // 4  # half of the dimensions of a head are rotated
+    frequency = 10000 ** -(torch.arange(P, device=device) / P)                           # [P]
+    angle = torch.arange(n, device=device).view(-1, 1, 1, 1) * frequency                 # [n, 1, 1, P]
     return torch.stack((angle.cos(), angle.sin()))
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotary positions for x [B, T, *, *, D]; dimension i of the rotated part is paired with i + P/2."""
-    cos, sin = rotary.to(x.dtype)                                                        # [T, 1, 1, P/2]
-    half = cos.shape[-1]
-    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    """Rotary positions for x [B, T, *, *, D]; dimension i, one of the first P, is paired with dimension i + P."""
+    cos, sin = rotary.to(x.dtype)                                                        # [T, 1, 1, P] both
+    P = cos.shape[-1]
+    a, b, rest = x.tensor_split((P, 2 * P), dim=-1)                                      # [B, T, *, *, P] both
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
@@ -324,7 +324,7 @@ class MoEUT(nn.Module):
         c, start = self.config, cache[0].length if cache else 0
         stop = start + idx.shape[1]
         table = self.rotary if stop <= c.block_size else rotary_table(c.head_size, stop, idx.device)
-        rotary = table[:, start:stop]                                                    # [2, T, 1, 1, P/2]
+        rotary = table[:, start:stop]                                                    # [2, T, 1, 1, P]
 
         s, usage = self.embedding(idx), [[] for _ in self.layers]                        # [B, T, C]
         for i in range(c.n_layer):
