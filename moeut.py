@@ -17,16 +17,8 @@ MoEUT adds parameters at little cost, and makes repeated layers work, with three
 The same file holds what the paper compares with: `ffn`, `attention`, `group_size` and `layernorm` in the config turn
 MoEUT into the standard Transformer, the plain Universal Transformer, the sigma-MoE and the SwitchHead Transformer.
 
-Letters in the shape comments, code name and meaning:
-
-    B                batch                              T               tokens of a sequence
-    N                B * T, all tokens                  S               keys attended to
-    C  n_embd        width of the residual stream       V  vocab_size   vocabulary
-    L  n_layer       layer applications                 G  group_size   distinct layers
-    H  n_head        attention heads                    D  head_size    width of a head
-    E  n_expert      feedforward experts                K  top_k        ... chosen per token
-    F  expert_size   hidden units of an expert          P               rotated pairs of dimensions of a head
-    A  n_att_expert  experts per head                   J  att_top_k    ... chosen per token and head
+Letters in the shape comments: those of the sizes are beside them in MoEUTConfig; a batch is B sequences of T tokens, in
+all N = B * T; S keys are attended to; P pairs of dimensions of a head are rotated.
 
 Attention and feedforward get two views of the residual stream s: they transform x, and their queries, keys and routers
 read n. They return y, and the usage of their experts, None if they have none.
@@ -60,21 +52,21 @@ from cvmm import cvmm, route, top_k
 class MoEUTConfig:
     """All sizes and switches of a model. Raises ValueError, in one sentence, if they do not fit."""
 
-    vocab_size: int = 2048  # V
+    vocab_size: int = 2048  # V tokens
     block_size: int = 128  # training context T; the model itself has no limit (rotary positions)
     n_layer: int = 4  # L, counts applications: a layer repeated three times counts three
     group_size: int = 2  # G distinct layers, repeated L / G times; G = L shares nothing
-    n_embd: int = 64  # C
-    n_head: int = 4  # H; the paper's MoEUTs have fewer than its dense models, because each head has A experts
-    head_size: int = 16  # D; H * D need not be C
+    n_embd: int = 64  # C, width of the residual stream
+    n_head: int = 4  # H attention heads; the paper's MoEUTs have fewer than its dense models, as each has A experts
+    head_size: int = 16  # D, width of a head; H * D need not be C
     ffn: Literal["moe", "dense"] = "moe"  # moe is sigma-MoE
-    n_expert: int = 8  # E; parameters grow with E, compute hardly
-    expert_size: int = 128  # F; 128 in the paper
-    top_k: int = 2  # K; compute grows with K * F
+    n_expert: int = 8  # E feedforward experts; parameters grow with E, compute hardly
+    expert_size: int = 128  # F hidden units of an expert; 128 in the paper
+    top_k: int = 2  # K experts chosen by a token; compute grows with K * F
     ffn_size: int = 512  # hidden units of a dense feedforward
     attention: Literal["moe", "dense"] = "moe"  # moe is SwitchHead
-    n_att_expert: int = 2  # A for values, A for outputs; with 1, nothing is chosen: see DenseAttention
-    att_top_k: int = 1  # J
+    n_att_expert: int = 2  # A experts per head for values, A for outputs; with 1, nothing is chosen: see DenseAttention
+    att_top_k: int = 1  # J of these A, chosen by a token
     layernorm: Literal["peri", "pre", "post"] = "peri"
     dropout: float = 0.0  # on the output of attention and feedforward; 0 in all runs of the paper
     expert_dropout: float = 0.0  # chance that a token ranks an expert last, in training; 0 in the paper
