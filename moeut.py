@@ -43,8 +43,7 @@ from torch.utils.checkpoint import checkpoint
 # cvmm multiplies rows by the matrices of their chosen experts only. A slot is one choice by one token; for each slot,
 #     out[slot // fan_out] += gate[slot] * x[slot // fan_in] @ w[expert[slot]]           gates are 1 if left out
 # so fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert.
-# Without fan_in (None, which is not 1) x has a row for each slot, in sorted order; without fan_out, out has. `top_k`
-# gives the indices of torch.topk.
+# Without fan_in (None, which is not 1) x has a row for each slot, in sorted order; without fan_out, out has.
 from cvmm import cvmm, route, top_k
 
 
@@ -98,8 +97,7 @@ class MoEUTConfig:
 def normal(c: MoEUTConfig, *shape: int, inputs: int) -> nn.Parameter:
     """Initial weights, as in the authors' training code: those of a layer have standard deviation sqrt(2 / L / inputs),
     where L counts applications, and biases are 0. w_down has E * F inputs (of all experts, not of the chosen ones), w_o
-    has H * D. The embedding has 1 / sqrt(C); layernorms and lm_head stay as PyTorch makes them. (The authors' clean
-    repository goes on to give the rows of its feedforward routers equal norms.)"""
+    has H * D. The embedding has 1 / sqrt(C); layernorms and lm_head stay as PyTorch makes them."""
     return nn.Parameter(math.sqrt(2 / c.n_layer / inputs) * torch.randn(shape))
 
 
