@@ -120,10 +120,8 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     ids, slot = expert.long().clamp(-1, n_expert).short().sort(stable=True)      # [M] both
     row = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(slot), device=slot.device))  # [M]
     offsets = torch.searchsorted(ids, torch.arange(n_expert + 1, device=ids.device, dtype=ids.dtype))
-    if path == "PyTorch":
-        return Routing(expert, n_expert, row, slot, offsets)
-    tiles = tile_table(offsets, len(slot), n_expert)
-    return Routing(expert, n_expert, row.int(), slot.int(), offsets.int(), tiles.int())
+    tiles = tile_table(offsets, len(slot), n_expert).int() if path == "Triton" else None
+    return Routing(expert, n_expert, row.int(), slot.int(), offsets.int(), tiles)
 
 
 # The custom ops, opaque to torch.compile, and the PyTorch path: gather all rows, a matmul per expert, sum the slots ---
