@@ -239,8 +239,8 @@ class Trainer:
         self.dtype = getattr(torch, best if o.dtype == "auto" else o.dtype)
         self.autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        betas, decay = (o.beta1, o.beta2), o.weight_decay
-        self.optimizer = torch.optim.AdamW(model.parameters(), o.lr, betas, weight_decay=decay, fused=True)
+        self.optimizer = torch.optim.AdamW(  # its learning rate is set by each step
+            model.parameters(), betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
         self.compiled = o.compile == "yes" or o.compile == "auto" and device.type == "cuda"
         self.run = torch.compile(model) if self.compiled else model
         if world > 1:
@@ -284,8 +284,8 @@ def main():
     out, resume = Path(given.get("out", Options.out)), given.get("resume", False)
     model, tokenizer, stored = None, None, {}
     if resume or "init_from" in given:
-        fixed = {"preset", "tokenizer", *changes} | ({"init_from", "seed", "tokens_per_step"} if resume else set())
-        if wrong := sorted(fixed & {*given, *changes}):
+        fixed = {"preset", "tokenizer"} | ({"init_from", "seed", "tokens_per_step"} if resume else set())
+        if wrong := sorted(fixed & given.keys() | changes.keys()):
             how = "resume" if resume else "init_from"
             sys.exit(f"--{wrong[0]} cannot be given with --{how}: the checkpoint says it.")
         model, tokenizer, stored = load_model(out if resume else Path(given["init_from"]))
@@ -341,7 +341,7 @@ def main():
             trainer.scaler.load_state_dict(stored["scaler"])
         run = {k: stored[k] for k in run}
     run |= dict(text_hash=text_hash, options=asdict(o), config=asdict(config), tokenizer=tokenizer.spec)
-    step, first_step, stored = run["step"], run["step"] + 1, None  # whose memory is needed
+    first_step, stored = run["step"] + 1, None  # whose memory is needed
 
     print("model:", *(f"--{k}={v}" for k, v in asdict(config).items()))
     shown = asdict(o) | dict(data=" ".join(o.data))
@@ -384,7 +384,7 @@ def main():
 
     for left in out.glob("*.part"):  # of a run that was killed
         left.unlink(missing_ok=True)
-    clock, logged, skipped = time.time(), (step, run["seconds"]), 0
+    clock, logged, skipped = time.time(), (run["step"], run["seconds"]), 0
     for step in range(first_step, o.steps + 1):
         torch.manual_seed(o.seed + (step - 1) * world + rank)  # of dropout: alike in a resumed run, not in processes
         lr, first = learning_rate(step - 1, o), ((step - 1) * world + rank) * sequences
