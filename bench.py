@@ -46,7 +46,7 @@ def bench(b: BenchOptions, rounds: int = 9):
     for what, pair, repeats in ((f"step of {x.numel()} tokens, ms", steps, 1), ("decoding a token, ms", texts, 10)):
         times = np.zeros((rounds + 2, 2))
         for model in models:
-            model.train(pair is steps)
+            model.eval()  # for decoding; a training step says so itself
         for i, j in np.ndindex(times.shape):  # in turn
             start = time.perf_counter()
             for _ in range(repeats):

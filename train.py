@@ -199,7 +199,6 @@ def evaluate(model: MoEUT, data: np.ndarray, n_tokens: int, batch_size: int, aut
         x, y = batch(data, some, T, device)
         with autocast:
             total += model(x, y).cross_entropy.item() * len(x)
-    model.train()
     return total / len(starts)
 
 
@@ -233,7 +232,7 @@ class Trainer:
     """A model with what its training steps need; `run` is the model, possibly compiled and data-parallel."""
 
     def __init__(self, model: MoEUT, o: Options, device: torch.device, world: int = 1):
-        self.model, self.grad_clip, model.recompute = model.to(device).train(), o.grad_clip, o.recompute
+        self.model, self.grad_clip, model.recompute = model.to(device), o.grad_clip, o.recompute
         newer = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         best = "float32" if device.type == "cpu" else "bfloat16" if newer else "float16"  # what the device is fast in
         self.dtype = getattr(torch, best if o.dtype == "auto" else o.dtype)
@@ -249,6 +248,7 @@ class Trainer:
     def step(self, batches: list, lr: float) -> tuple[float, float, float]:
         """One optimizer step on batches whose gradients add up: cross entropy, regulariser and gradient norm. It is
         skipped if the norm is not finite."""
+        self.model.train()
         losses = 0.0
         for i, (x, y) in enumerate(batches):
             self.run.require_backward_grad_sync = i == len(batches) - 1  # processes exchange gradients once a step
@@ -426,7 +426,6 @@ def main():
             if o.sample_tokens and not stop:
                 ids = model.eval().generate(torch.tensor([[tokenizer.end]], device=device), o.sample_tokens, 0.8)
                 print("-" * 60, "".join(tokenizer.stream(i.item() for i in ids)), "-" * 60, sep="\n")
-                model.train()
             clock = time.time()  # seconds are those of training
         if stop and not done:
             break
