@@ -31,7 +31,7 @@ dx is the same operation again, with w transposed and the fans exchanged; dgate 
 Letters: M slots; E experts, of all heads; a matrix has I inputs and O outputs; C width, F expert size.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # as tl, in those of the kernels, may be missing
 
 import contextlib
 import os
@@ -73,7 +73,7 @@ def definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int = 1, fan_out: i
     return out.to(x.dtype)
 
 
-def few(x: Tensor, w: Tensor, expert: Tensor, fan_in: int = 1, fan_out: int = 1, gate: Tensor | None = None):
+def few(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: int, gate: Tensor | None):
     """The same for the few slots of a decoded token on a GPU, where each launch costs more than a copy of matrices."""
     y = x.repeat_interleave(fan_in, 0).unsqueeze(1) @ w[expert].to(x.dtype)                      # [M, 1, O]
     y = y if gate is None else y * gate[:, None, None]                                           # [M, 1, O]
@@ -104,8 +104,7 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 
     Args: expert, integers in [0, n_expert), of any shape, slots in token-major order.
     Raises TypeError for experts that are not integers; ValueError if n_expert does not fit 16 bits and, in cvmm, for a
-    choice that does not exist. With Triton nobody looks, because the host would have to wait: what the token of such a
-    slot gets is undefined.
+    choice that does not exist. With Triton nobody looks: what the token of such a slot gets is undefined.
     """
     if expert.is_floating_point() or expert.is_complex() or expert.dtype == torch.bool:
         raise TypeError(f"route: experts are numbers of dtype {expert.dtype}, but must be integers.")
@@ -113,7 +112,7 @@ def route(expert: Tensor, n_expert: int) -> Routing:
         raise ValueError(f"route: n_expert is {n_expert}: it must be at least 1, and below 32768 to fit 16 bits.")
     expert, path = expert.flatten(), backend(expert.device)
     if len(expert) <= FEW_SLOTS[path] and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        if path == "Triton" or all(0 <= e < n_expert for e in expert.tolist()):  # else cvmm raises
+        if path == "Triton" or all(0 <= e < n_expert for e in expert.tolist()):  # else sorted, for cvmm to raise
             return Routing(expert, n_expert)
     # Stable, so that sums have a fixed order and the slots of an expert ascend. In 16 bits, as a GPU sorts bit by bit;
     # clamped first, as otherwise an expert that does not exist could become one that does.

@@ -87,7 +87,7 @@ def parse(doc: str, *classes) -> list[dict]:
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: sys.exit(f"{message}; --help lists all options.")  # without the page of usage
     for f in [f for c in classes for f in fields(c)]:
-        kind, about = type(f.default), {"help": f"the model's, see {classes[-1].__name__}", **f.metadata}
+        kind, about = type(f.default), {"help": "the model's, see MoEUTConfig", **f.metadata}
         choices = about.get("choices")
         how = dict(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
         how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+")}.get(kind, how)
