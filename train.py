@@ -301,7 +301,7 @@ def main():
     T = config.block_size
     sequences, rest = divmod(o.tokens_per_step, T * world)  # of a step, for each process
     batch_size = min(o.batch_size, sequences)
-    if rest or not sequences or sequences % batch_size:
+    if rest or sequences % batch_size:
         sys.exit(f"--tokens_per_step is {o.tokens_per_step}: it must be a multiple of block_size x batch_size x "
                  f"processes = {T} x {o.batch_size} x {world} = {T * o.batch_size * world}.")
     if resume and stored["step"] >= o.steps:
@@ -427,7 +427,7 @@ def main():
                 ids = model.eval().generate(torch.tensor([[tokenizer.end]], device=device), o.sample_tokens, 0.8)
                 print("-" * 60, "".join(tokenizer.stream(i.item() for i in ids)), "-" * 60, sep="\n")
             clock = time.time()  # seconds are those of training
-        if stop and not done:
+        if stop:
             break
     if rank == 0 and not done:
         sys.exit(f"Stopped after step {step}, saved in {out}: `python train.py --resume --out={out}` goes on.")
