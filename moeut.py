@@ -267,17 +267,18 @@ class Layer(nn.Module):
         self.attention = SwitchHead(c) if c.attention == "moe" and c.n_att_expert > 1 else DenseAttention(c)
         self.ffn = SigmaMoE(c) if c.ffn == "moe" else DenseFFN(c)
 
-    def forward(self, s: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, list]:
+    def forward(self, s: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, tuple]:
         """s [B, T, C] -> [B, T, C], and the usage of attention and of feedforward experts, None where there is none."""
-        usage = []
-        for ln, module, *rest in (self.ln1, self.attention, rotary, cache), (self.ln2, self.ffn):
-            n = s if self.layernorm == "post" else ln(s)
-            x = n if self.layernorm == "pre" else s
-            y, used = module(x, n, *rest)
-            s = s + self.dropout(y)
-            s = ln(s) if self.layernorm == "post" else s
-            usage.append(used)
-        return s, usage
+        s, attention = self.half(s, self.ln1, self.attention, rotary, cache)
+        s, ffn = self.half(s, self.ln2, self.ffn)
+        return s, (attention, ffn)
+
+    def half(self, s: Tensor, ln: nn.LayerNorm, module: nn.Module, *args) -> tuple[Tensor, Tensor | None]:
+        n = s if self.layernorm == "post" else ln(s)
+        x = n if self.layernorm == "pre" else s
+        y, usage = module(x, n, *args)
+        s = s + self.dropout(y)
+        return ln(s) if self.layernorm == "post" else s, usage
 
 
 class Output(NamedTuple):
@@ -328,7 +329,7 @@ class MoEUT(nn.Module):
         cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return Output(logits, cross_entropy + reg, cross_entropy, reg)
 
-    def regulariser(self, usage: list[list]) -> Tensor:
+    def regulariser(self, usage: list[list[tuple]]) -> Tensor:
         """Without it a few experts could win every token, and the others would never learn. For each router, p is the
         usage of its experts by a sequence, averaged over the repeats of its layer. It adds weight * (sum of p log p):
         0 when one expert takes all, and -log E when all are used alike; mean over batch and heads, sum over G layers.
