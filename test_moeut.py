@@ -387,22 +387,15 @@ def test_routing_is_in_float32_under_autocast_and_in_float64_in_such_a_model():
 
 @pytest.mark.parametrize("length, n", [(1, 15), (16, 1), (3, 25), (30, 12)])
 def test_generate(length, n):
-    """Temperature 0, top_k 1, tiny top_p: the likeliest token. A full context loses its older half. Seeds count."""
-    model, idx = make().eval(), tokens(3, length)
-
-    def generate(idx, seed=0, **options):
-        rng = torch.Generator().manual_seed(seed)
-        return torch.stack(list(model.generate(idx, n, generator=rng, **options)), dim=1)
-
-    context = idx[:, -16:]
-    for i, token in enumerate(new := generate(idx, temperature=0).T):  # without a cache
+    """Temperature 0: the likeliest token, as without a cache. A full context loses its older half."""
+    model, context = make().eval(), tokens(3, length)
+    new = torch.stack(list(model.generate(context, n, temperature=0)))
+    context = context[:, -16:]
+    for i, token in enumerate(new):
         context = context[:, -8:] if i and context.shape[1] > 16 else context
         assert torch.equal(token, model(context).logits[:, -1].argmax(-1))
         context = torch.cat((context, token[:, None]), dim=1)
     assert len(new) == n and (len(new.unique()) > 2 or n == 1)  # a model that repeats itself would prove little
-    assert torch.equal(new.T, generate(idx, top_k=1)) and torch.equal(new.T, generate(idx, top_p=1e-6))
-    assert torch.equal(new.T[1:2], generate(idx[1:2], temperature=0))
-    assert torch.equal(generate(idx), generate(idx)) and not torch.equal(generate(idx), generate(idx, seed=1))
 
 
 @pytest.mark.parametrize("options, expected", [
@@ -1046,7 +1039,8 @@ def set_end(bias):
 
 
 def test_sample(run, done):
-    """What is printed is the text and nothing else. How fast it was, and what is not read, goes to stderr."""
+    """Temperature 0, top_k 1, tiny top_p: the likeliest tokens. Seeds count. What is printed is the text and nothing
+    else. How fast it was, and what is not read, goes to stderr."""
     def sampled(*arguments):
         return run(sample, "--max_new_tokens=30", *arguments).out
     model, tokenizer, _ = train.load_model(Path("out"))
