@@ -299,10 +299,10 @@ def test_extremes_of_the_regulariser():
 
 def test_expert_dropout():
     """A dropped expert is not chosen in training; gates and usage stay what they are; evaluation can choose all."""
-    router, n = Router(tiny(expert_dropout=0.5), 6, 2), torch.randn(1, 4000, 20)
+    router, n = Router(tiny(expert_dropout=0.2), 6, 2), torch.randn(1, 4000, 20)
     gate, expert, usage = router(n)
     favourite = router.eval()(n)[1]
-    assert 0.4 < (expert[..., None] == favourite[..., None, :]).any(-1).float().mean() < 0.7  # each is left with 1/2
+    assert 0.75 < (expert[..., None] == favourite[..., None, :]).any(-1).float().mean() < 0.85  # each stays with 0.8
     logits = F.linear(n, router.w)
     close([favourite.sort().values, gate, usage],
           [logits.topk(2).indices.sort().values, logits.sigmoid().gather(-1, expert), logits.softmax(-1).mean(1)])
