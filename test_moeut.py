@@ -281,7 +281,6 @@ def test_causality_and_cache(changes, chunks):
     cache for each application, by chunks, also beyond block_size, or tokens, when slots are not sorted. In float64."""
     model, idx = make(**changes).eval(), tokens(2, sum(chunks))
     cache, whole = model.new_cache(), model(idx).logits
-    assert len(cache) == model.config.n_layer
     with torch.no_grad():
         cached = torch.cat([model(part, cache=cache).logits for part in idx.split(chunks, dim=1)], dim=1)
     close([cached, model(idx[:, :9]).logits, model(idx[1:]).logits], [whole, whole[:, :9], whole[1:]], 1e-9)
