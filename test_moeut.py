@@ -407,7 +407,6 @@ def test_sampling_distribution(options, expected):
     (drawn,) = model.generate(tokens(40_000, 1) % 4, 1, generator=torch.Generator().manual_seed(0), **options)
     frequency = drawn.bincount(minlength=4) / len(drawn)
     torch.testing.assert_close(frequency, torch.tensor(expected), rtol=0, atol=0.012)
-    assert (frequency[torch.tensor(expected) == 0] == 0).all()
 
 
 @pytest.mark.parametrize("named, call", [
