@@ -605,7 +605,6 @@ def test_top_k(path, n_expert, k):
         with mock.patch.object(cvmm, "launch", wraps=cvmm.launch) as launch:
             expert = cvmm.top_k(x, k)
         assert launch.called == (path == "Triton" and x.dtype == torch.float32 and n_expert <= 1024)
-        assert expert.shape == (2, 5, k) and 0 <= expert.min() and expert.max() < n_expert
         assert all(len(set(chosen)) == k for chosen in expert.flatten(0, 1).tolist())
         assert torch.equal(x.gather(-1, expert).sort(-1).values.nan_to_num(), x.topk(k).values.flip(-1).nan_to_num())
         with pytest.raises(RuntimeError, match="out of range"):
