@@ -499,7 +499,6 @@ def test_cvmm(path, fans, what):
     ours, definition, inputs = case(fans, **what)
     got = output_and_grads(ours, inputs)
     close(got, output_and_grads(definition, inputs))
-    assert len(got[0]) or not got[2].any()
     assert what != dict(choice="skewed") or all(map(torch.equal, got, output_and_grads(ours, inputs)))
 
 
