@@ -529,7 +529,6 @@ def test_half_precision(path, dtype, tolerance, fans, monkeypatch):
         monkeypatch.setattr(
             cvmm, name, lambda *a, f=f, **k: inside.append(torch.is_autocast_enabled(DEVICE)) or f(*a, **k))
     with torch.autocast(DEVICE, dtype):
-        assert ours(x, w, gate).dtype == dtype
         got = output_and_grads(ours, (x, w, gate))
         seven = output_and_grads(lambda *a: sum(ours(*a).float() for _ in range(7)), (x, w, gate))
     close(got, output_and_grads(definition, (x.to(dtype).float(), w.to(dtype).float(), gate)), tolerance)
