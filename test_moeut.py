@@ -947,7 +947,6 @@ def test_steps_that_are_not_finite(run, done, monkeypatch):
         seen.append([*parameters][-1].tolist()), next(norms))[1])
     run(train, "--resume", "--steps=30")
     assert [a != b for a, b in itertools.pairwise(seen)] == [False, True] * 11 + [False]
-    assert list(logged("out", "grad").values())[6:] == [None, 1] * 12
     assert list(logged("out", "skipped").values()) == [1] * 12 and math.isfinite(logged("out", "val_loss")[30])
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
                         lambda *_: signal.raise_signal(signal.SIGINT) or torch.tensor(math.nan))
