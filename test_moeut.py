@@ -1078,19 +1078,15 @@ def test_show_experts(run, done):
 PAIRS = [("12 ·", " 19 = 228", " 20 = 22"), ("", "naïve", "🙂🙂🙂"), ("3 · 10 = 30 — naïve 🙂 4 · 11", " = 44", " 🙂")]
 
 
-def scored(model, context, end):
-    """The log probability of the tokens in end, and whether they are the most likely, from the newest tokens only."""
-    ids = torch.tensor([*context, *end][-model.config.block_size - 1 :])
-    log_p, end = model.eval()(ids[None, :-1]).logits[0, -len(end) :].log_softmax(-1), ids[-len(end) :]
-    return log_p.gather(1, end[:, None]).sum().item(), torch.equal(log_p.argmax(1), end)
-
-
 def test_log_likelihoods(done):
-    """However many are computed at a time."""
-    model, tokenizer, _ = train.load_model(Path("out"))
+    """Of the tokens in end, and whether they are the most likely, from the newest tokens; however many at a time."""
+    (model, tokenizer, _), expected = train.load_model(Path("out")), []
     pairs = [(tokenizer.encode(f"4 {a}").tolist(), tokenizer.encode(b).tolist()) for a, *ends in PAIRS for b in ends]
     pairs.append(([*range(30)], [model.eval()(torch.arange(14, 30)[None]).logits[0, -1].argmax().item()]))
-    expected = [(pytest.approx(log_p), likely) for log_p, likely in (scored(model, *pair) for pair in pairs)]
+    for context, end in pairs:
+        ids = torch.tensor([*context, *end][-model.config.block_size - 1 :])
+        log_p, end = model(ids[None, :-1]).logits[0, -len(end) :].log_softmax(-1), ids[-len(end) :]
+        expected.append((pytest.approx(log_p.gather(1, end[:, None]).sum().item()), torch.equal(log_p.argmax(1), end)))
     assert all(sample.log_likelihoods(model, pairs, batch_tokens) == expected for batch_tokens in (1, 40, 8192))
     assert [likely for _, likely in expected].count(True) == 1
 
@@ -1105,11 +1101,12 @@ def test_tasks(run, done):
         validation_split="train", output_type="loglikelihood", doc_to_text="{{a}}", doc_to_target="{{b}}",
         metric_list=[dict(metric="perplexity", aggregation="mean", higher_is_better=True)])))  # of the logarithms
     found = re.search(r"perplexity *\|[^|]*\| *(-[\d.]+)", run(sample, "--tasks", "tasks").out)[1]
-    (model, tokenizer, _), expected = train.load_model(Path("out")), []
+    (model, tokenizer, _), pairs = train.load_model(Path("out")), []
     for a, b, _ in PAIRS:
         ids, n = tokenizer.encode(a + b).tolist(), len(tokenizer.encode(a))
-        expected.append(scored(model, [tokenizer.end, *ids[:n]], ids[n:])[0])
-    assert float(found) == pytest.approx(np.mean(expected), rel=1e-4)
+        pairs.append(([tokenizer.end, *ids[:n]], ids[n:]))
+    expected = np.mean([log_p for log_p, _ in sample.log_likelihoods(model.eval(), pairs)])
+    assert float(found) == pytest.approx(expected, rel=1e-4)
 
 
 def test_weights_of_the_authors(run, monkeypatch):
