@@ -365,7 +365,7 @@ def test_bytes_saved_for_backward(compiled):
                 lambda t: saved.setdefault((t.data_ptr(), t.shape), t), lambda t: t):
             run(*inputs, expert)
     weights = {t.data_ptr() for t in saved.values() if t.dim() == 3}
-    assert compiled or weights == {w.data_ptr() for w in inputs[1:3]}  # no copies
+    assert compiled or weights == {w.data_ptr() for w in inputs[1:3]}  # no copies, whose gradients add up in bfloat16
     assert 6000 < sum(t.nbytes for t in saved.values() if t.dim() < 3 and len(t) != 21) / 64 <= 6500
 
 
@@ -522,7 +522,7 @@ def test_gradcheck(fans):
     (torch.float16, 2e-3, (3, None)), (torch.bfloat16, 1.6e-2, (None, 3)), (torch.bfloat16, 1.6e-2, (2, 6))], ids=str)
 def test_half_precision(path, dtype, tolerance, fans, monkeypatch):
     """Autocast, forward and backward, changes nothing inside: the numbers are those of a model of that precision. But
-    slots, and the gradients of repeats, add up in float32: few bits could not count them."""
+    slots add up in float32: few bits could not count them."""
     ours, definition, (x, w, gate) = case(fans, "one", n_token=4, n_in=5, n_out=4, n_expert=2)
     half, inside = output_and_grads(ours, (x.to(dtype), w.to(dtype), gate)), []
     for name, f in (("launch", cvmm.launch), ("experts", cvmm.experts)):  # on a GPU, sums would have another type
@@ -530,11 +530,9 @@ def test_half_precision(path, dtype, tolerance, fans, monkeypatch):
             cvmm, name, lambda *a, f=f, **k: inside.append(torch.is_autocast_enabled(DEVICE)) or f(*a, **k))
     with torch.autocast(DEVICE, dtype):
         got = output_and_grads(ours, (x, w, gate))
-        seven = output_and_grads(lambda *a: sum(ours(*a).float() for _ in range(7)), (x, w, gate))
     close(got, output_and_grads(definition, (x.to(dtype).float(), w.to(dtype).float(), gate)), tolerance)
     assert all(map(torch.equal, (got[0], got[1], got[2].to(dtype).float(), got[3]), half))
     assert inside and not any(inside)
-    torch.testing.assert_close(seven[2], 7 * got[2], rtol=1e-5, atol=1e-6)
     count = torch.ones(33, 1, dtype=dtype, device=DEVICE)
     count[0] = 2 / torch.finfo(dtype).eps  # and 32 times 1, each of which is less than half of its last digit
     r = cvmm.route(torch.zeros(33, device=DEVICE).long(), 1)
