@@ -906,7 +906,7 @@ def test_resume_changes_no_bit(number, dtype, other, run):
     losses = logged("moved", "loss")
     assert len(losses) == 10 and losses[10] < losses[1] - 0.2 and not Path("parts").exists()
     assert max(logged("moved", "grad").values()) < 10  # not those of the scaled loss
-    run(train, *RUN, "--data=moved.txt", "--init_from=moved", "--steps=1", "--lr=1e-9", "--weight_decay=0")
+    run(train, *RUN, f"--data={text.__file__}", "--init_from=moved", "--steps=1", "--lr=1e-9", "--weight_decay=0")
     torch.testing.assert_close(load()["model"], load("moved")["model"], rtol=0, atol=1e-6)
     assert load()["step"] == 1 and load()["tokenizer"] == load("moved")["tokenizer"]
 
