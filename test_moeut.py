@@ -16,7 +16,6 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -652,9 +651,8 @@ def compile_kernels(everything):
     forms, sizes, seen = ("bfloat16", "float16", "float32", "tf32"), ("44M", "244M", "1B"), {gpu: set() for gpu in gpus}
     every = itertools.product(gpus, forms, sizes, (65536, 2048, 128))
     for gpu, form, size, n in every if everything else [("sm_90", "bfloat16", "244M", 65536)]:
-        driver.set_active(SimpleNamespace(
-            get_current_target=lambda gpu=gpu: GPUTarget(*gpus[gpu]), get_current_device=lambda gpu=gpu: gpu,
-            get_current_stream=lambda device: None))
+        driver.set_active(mock.Mock(**{
+            "get_current_target.return_value": GPUTarget(*gpus[gpu]), "get_current_device.return_value": gpu}))
         torch.backends.cuda.matmul.fp32_precision = "tf32" if form == "tf32" else "ieee"
         c, dtype = PRESETS[f"moeut-{size}"], torch.float32 if form == "tf32" else getattr(torch, form)
         # A training step through one layer, on the meta device: no number to wait for, no autocast, no bodies of ops
