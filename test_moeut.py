@@ -484,9 +484,8 @@ def among_nans(t):
     *(((2, 6), what) for what in (
         dict(n_token=1), dict(n_in=1, n_out=1, n_expert=1), dict(n_token=4, n_expert=129, dtype=torch.int8),
         dict(n_token=30, n_in=16, n_out=150, n_expert=2), dict(n_token=20, n_in=150, n_out=64, n_expert=3),
-        dict(n_token=30, n_in=48, n_out=16, n_expert=12, view=among_nans), dict(n_in=80, n_out=48, view=among_nans),
-        dict(n_token=60, n_in=80, n_out=80, n_expert=3, view=among_nans), dict(view=lambda t: t.mT.contiguous().mT),
-        dict(view=lambda t: t.repeat_interleave(2, -1)[..., ::2]),
+        dict(n_token=30, n_in=48, n_out=16, n_expert=12, view=among_nans),
+        dict(n_token=60, n_in=80, n_out=80, n_expert=3, view=among_nans),
         dict(n_in=16, n_out=32, view=lambda t: t.mT.contiguous().mT)))])
 def test_cvmm(path, fans, what):
     """Output and every gradient; and two runs are equal bit for bit. No token or one; one expert; several tiles and
