@@ -570,18 +570,17 @@ def test_what_does_not_fit_cvmm(n_slot):
 @pytest.mark.parametrize("gated, dtype, fans", [
     (True, torch.bfloat16, (2, 6)), (False, torch.float32, (None, 3))], ids=str)
 def test_custom_ops(path, gated, dtype, fans):
-    """Schema, values and the shapes, strides and types that torch.compile is told, also for transposed x and w."""
+    """Schema, values and the shapes, strides and types that torch.compile is told, for transposed x and w."""
     _, _, (x, w, *gate) = case(fans, n_token=2, n_expert=4, gated=gated)
     if path == "Triton":
         torch.library.opcheck(torch.ops.moeut.top_k.default, (x, 2))
     x, w = x.to(dtype), w.to(dtype)
     m = len(x) * (fans[0] or 1)
     *r, dout = *cvmm.route(torch.randint(4, (m,), device=DEVICE), 4)[2:], x.new_ones(m // fans[1], 23)
-    turned = [cvmm.aligned(t) for t in (x.T.contiguous().T, w.mT.contiguous(), dout)]
-    for a, b, d in ((x, w, dout), (turned[0], turned[1].mT, turned[2])):
-        rest = *((gate[0], d) if gated else (None, None)), *r, *fans
-        torch.library.opcheck(torch.ops.moeut.cvmm.default, (a, b, *rest))
-        torch.library.opcheck(torch.ops.moeut.cvmm_dw.default, (a, d, *r[1:], *fans))
+    x, w, dout = (cvmm.aligned(t) for t in (x.T.contiguous().T, w.mT.contiguous(), dout))
+    rest = *((gate[0], dout) if gated else (None, None)), *r, *fans
+    torch.library.opcheck(torch.ops.moeut.cvmm.default, (x, w.mT, *rest))
+    torch.library.opcheck(torch.ops.moeut.cvmm_dw.default, (x, dout, *r[1:], *fans))
 
 
 @pytest.mark.parametrize("n_expert, k", [(1, 1), (10, 2), (155, 12), (5, 5), (1024, 3), (2000, 2)])
