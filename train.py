@@ -410,15 +410,15 @@ def main():
             logged = step, run["seconds"]
 
         if rank == 0 and (step % o.eval_interval == 0 or done or stop):
-            val = math.inf if math.isfinite(loss) else math.nan
+            files = ["last.pt"]
             if done or not stop:
-                val = evaluate(model, val_data, o.eval_tokens * (8 if done else 1), batch_size, trainer.autocast)
-                log(val_loss=val, val_bits_per_byte=val * bits[1])
-            if math.isnan(val):
+                loss = evaluate(model, val_data, o.eval_tokens * (8 if done else 1), batch_size, trainer.autocast)
+                log(val_loss=loss, val_bits_per_byte=loss * bits[1])
+                if loss < run["best"]:
+                    files, run["best"] = ["last.pt", "best.pt"], loss
+            if not math.isfinite(loss):
                 sys.exit(f"The loss is not a number at step {step}: try a smaller --lr. What was saved before is kept.")
-            names = ["last.pt", "best.pt"] if val < run["best"] else ["last.pt"]
-            run["best"] = min(val, run["best"])
-            for name in names:
+            for name in files:
                 with aside(out / name) as file:
                     torch.save(run | dict(model=model.state_dict(), optimizer=trainer.optimizer.state_dict(),
                                           scaler=trainer.scaler.state_dict()), file)
