@@ -1,7 +1,7 @@
 """MoEUT, the Mixture-of-Experts Universal Transformer (Csordas et al., 2024, arXiv 2405.16039).
 
 A Universal Transformer applies the same layer over and over, so depth costs no parameters. But parameters are what a
-language model needs: with dense layers it would have to be far wider, and slower, to have as many as a Transformer.
+language model needs: if all tokens use all of a layer ("dense"), it has to be far wider, and slower, to have as many.
 MoEUT adds parameters at little cost, and makes repeated layers work, with three ideas:
 
 1. Mixtures of experts in both halves of a layer: sigma-MoE in the feedforward (arXiv 2310.10837) and SwitchHead in the
@@ -40,10 +40,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# cvmm multiplies rows by the matrices of their chosen experts only. A slot is one choice by one token; for each slot,
+# cvmm multiplies rows by the matrices of their chosen experts only. A slot is one choice by one token, and they are
+# numbered as in expert.flatten(); for each slot,
 #     out[slot // fan_out] += gate[slot] * x[slot // fan_in] @ w[expert[slot]]           gates are 1 if left out
 # so fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert.
-# Without fan_in (None, which is not 1) x has a row for each slot, in sorted order; without fan_out, out has.
+# Without fan_in (None, which is not 1) row i of x is that of the i-th sorted slot; without fan_out, that of out.
 from cvmm import cvmm, route, top_k
 
 
@@ -68,7 +69,7 @@ class MoEUTConfig:
     att_top_k: int = 1  # J of these A, chosen by a token
     layernorm: Literal["peri", "pre", "post"] = "peri"
     dropout: float = 0.0  # on the output of attention and feedforward; 0 in all runs of the paper
-    expert_dropout: float = 0.0  # chance that a token ranks an expert last, in training; 0 in the paper
+    expert_dropout: float = 0.0  # chance that a token passes over an expert, in training; 0 in the paper
     ffn_reg: float = 0.01  # weight of the entropy regulariser on feedforward routers
     att_reg: float = 0.001  # ... on attention routers
 
@@ -86,26 +87,26 @@ class MoEUTConfig:
                 ok = type(value) in (int, kind) and low <= value < below
                 check(f.name, ok, f"{kind.__name__}, at least {low} and below {below}")
         check("top_k", self.top_k <= self.n_expert, f"at most n_expert = {self.n_expert}")
-        check("n_expert", self.n_expert < 2**15, "below 32768")
+        check("n_expert", self.n_expert < 2**15, "below 32768")  # cvmm sorts them in 16 bits
         check("n_att_expert", self.n_head * self.n_att_expert < 2**15, f"below 32768 / {self.n_head} heads")
         check("att_top_k", self.att_top_k <= self.n_att_expert, f"at most n_att_expert = {self.n_att_expert}")
         check("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}")
         check("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated")
-        check("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post: a dense ffn reads no n")
+        check("layernorm", self.layernorm != "peri" or self.ffn == "moe", "pre or post: a dense ffn has no router")
 
 
 def normal(c: MoEUTConfig, *shape: int, inputs: int) -> nn.Parameter:
     """Initial weights, as in the authors' training code: those of a layer have standard deviation sqrt(2 / L / inputs),
     where L counts applications, and biases are 0. w_down has E * F inputs (of all experts, not of the chosen ones), w_o
-    has H * D. The embedding has 1 / sqrt(C); layernorms and lm_head stay as PyTorch makes them."""
+    has H * D (not times A). The embedding has 1 / sqrt(C); layernorms and lm_head stay as PyTorch makes them."""
     return nn.Parameter(math.sqrt(2 / c.n_layer / inputs) * torch.randn(shape))
 
 
 class Router(nn.Module):
     """Lets every token choose experts. A linear map gives `logits`, one for each expert; the `scores` are their
     sigmoids; the experts with the `top_k` largest scores are chosen; the `gate` of a chosen expert is its score, by
-    which its output is multiplied. Scores are not normalised: experts do not compete for a share. None is ever full.
-    One router can make several choices: for the values and outputs of H heads, `choices` is (2, H)."""
+    which its output is multiplied. Scores are not normalised: experts do not compete for a share. Any number of tokens
+    can choose the same. One router can make several choices: for values and outputs of H heads, `choices` is (2, H)."""
 
     def __init__(self, c: MoEUTConfig, n_expert: int, top_k: int, choices: tuple[int, ...] = ()):
         super().__init__()
@@ -114,7 +115,7 @@ class Router(nn.Module):
 
     def forward(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """n [B, T, C] -> gate and expert, [B, T, *choices, top_k] both; and in training, for the regulariser, the usage
-        of all experts by each sequence [B, *choices, n_expert]: not a count, but a mean softmax."""
+        of all experts by each sequence [B, *choices, n_expert]: not a count, but a mean softmax, for nothing else."""
         with torch.autocast(n.device.type, enabled=False):  # in bfloat16 half of the tokens have a tie at the top-K cut
             dtype = torch.promote_types(n.dtype, torch.float32)
             logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
@@ -164,7 +165,7 @@ class DenseFFN(nn.Module):
 def rotary_table(head_size: int, n: int, device=None) -> Tensor:
     """cos and sin [2, n, 1, 1, P] for positions 0..n-1. Pairs of dimensions of q and k are turned by an angle
     that grows with the position, so that their product depends on the distance only."""
-    P = head_size // 4  # half of the dimensions of a head are rotated
+    P = head_size // 4  # half of the dimensions of a head are rotated, in pairs
     frequency = 10000 ** -(torch.arange(P, device=device) / P)                           # [P]
     angle = torch.arange(n, device=device).view(-1, 1, 1, 1) * frequency                 # [n, 1, 1, P]
     return torch.stack((angle.cos(), angle.sin()))
@@ -268,12 +269,12 @@ class Layer(nn.Module):
         self.ffn = SigmaMoE(c) if c.ffn == "moe" else DenseFFN(c)
 
     def forward(self, s: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, tuple]:
-        """s [B, T, C] -> [B, T, C], and the usage of attention and of feedforward experts, None where there is none."""
-        s, attention = self.half(s, self.ln1, self.attention, rotary, cache)
-        s, ffn = self.half(s, self.ln2, self.ffn)
-        return s, (attention, ffn)
+        """s [B, T, C] -> [B, T, C], and the usage of attention and of feedforward experts, or None."""
+        s, att_usage = self.sublayer(s, self.ln1, self.attention, rotary, cache)
+        s, ffn_usage = self.sublayer(s, self.ln2, self.ffn)
+        return s, (att_usage, ffn_usage)
 
-    def half(self, s: Tensor, ln: nn.LayerNorm, module: nn.Module, *args) -> tuple[Tensor, Tensor | None]:
+    def sublayer(self, s: Tensor, ln: nn.LayerNorm, module: nn.Module, *args) -> tuple[Tensor, Tensor | None]:
         n = s if self.layernorm == "post" else ln(s)
         x = n if self.layernorm == "pre" else s
         y, usage = module(x, n, *args)
@@ -330,14 +331,14 @@ class MoEUT(nn.Module):
         return Output(logits, cross_entropy + reg, cross_entropy, reg)
 
     def regulariser(self, usage: list[list[tuple]]) -> Tensor:
-        """Without it a few experts could win every token, and the others would never learn. For each router, p is the
-        usage of its experts by a sequence, averaged over the repeats of its layer. It adds weight * (sum of p log p):
-        0 when one expert takes all, and -log E when all are used alike; mean over batch and heads, sum over G layers.
-        usage[g]: what each repeat of layer g returned."""
+        """Without it a few experts could win every token, and the others would never learn. For each choice, one in a
+        feedforward and 2 H in an attention, p is the usage of its n experts by a sequence, averaged over the repeats of
+        the layer. The loss gets weight * (sum of p log p), from -log n, when all are used alike, to 0, when one takes
+        all: mean over batch and heads, sum over values, outputs and layers. usage[g]: of each repeat of layer g."""
         total = torch.zeros((), device=self.lm_head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
-            # Heads are averaged, values and outputs add up: twice the mean
+            # The mean below is one of values and outputs, too, which add up: twice the mean
             for weight, used in ((2 * self.config.att_reg, att), (self.config.ffn_reg, ffn)):
                 if used[0] is not None:
                     p = torch.stack(used).mean(0)                                # [B, 2, H, A] or [B, E], sums to 1
@@ -349,8 +350,8 @@ class MoEUT(nn.Module):
                  top_p: float | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Continue idx [B, T]; yields the next token of every sequence, [B], max_new_tokens times. Call eval() first.
         temperature 0 takes the most likely token. top_k keeps the k most likely tokens (not experts), top_p the fewest
-        that make up that probability. Only the newest block_size tokens of a prompt are read; when the cache is full, a
-        new one reads the newest half of them again. Raises ValueError, at once, for arguments without meaning."""
+        that make up that probability. Only the newest block_size tokens of a prompt are read; when the cache holds as
+        many, a new one reads the newest half of them. Raises ValueError, at once, for arguments without meaning."""
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"idx has shape {tuple(idx.shape)}: it must be [B, T], with at least one token.")
         if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
@@ -390,14 +391,14 @@ PAPER_SIZES = (  # name, C; MoEUT: L, G, H, D, E, K, A; the Transformer with as 
     ("1B", 1536, (36, 4, 6, 128, 565, 24, 12), (36, 24, 64, 6144)),
 )
 PRESETS = {name: MoEUTConfig(**sizes) for name, sizes in {
-    # Made for two CPU cores: five architectures with as many parameters, within 0.5%, the Universal one by its width
+    # Made for two CPU cores: five architectures of one size, within 0.5% of the parameters; the Universal one is wider
     "tiny": dict(),  # MoEUT: the defaults above
     "dense-tiny": dict(TRANSFORMER, group_size=4, ffn_size=481),
     "universal-tiny": dict(TRANSFORMER, group_size=1, n_embd=100, head_size=25, ffn_size=631),
     "sigma-moe-tiny": dict(attention="dense", group_size=4, n_expert=15, expert_size=32, top_k=8),
     "switchhead-tiny": dict(
         TRANSFORMER, attention="moe", group_size=4, n_head=2, n_att_expert=4, att_top_k=2, ffn_size=441),
-    # 0.6 of the dense model's MACs, as at the paper's larger sizes; few large experts: small matmuls keep a CPU waiting
+    # 0.6 of the dense model's MACs, as at the paper's larger sizes; few large experts: a CPU is slow at small matmuls
     "small": dict(n_embd=256, n_layer=8, head_size=32, n_expert=18, expert_size=320, block_size=256),
     "dense-small": dict(
         TRANSFORMER, n_embd=256, n_layer=8, group_size=8, n_head=8, head_size=32, ffn_size=1024, block_size=256),
