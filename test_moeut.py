@@ -905,9 +905,11 @@ def test_resume_changes_no_bit(number, dtype, other, run):
     losses = logged("moved", "loss")
     assert len(losses) == 10 and losses[10] < losses[1] - 0.2 and not Path("parts").exists()
     assert max(logged("moved", "grad").values()) < 10  # not those of the scaled loss
-    run(train, *RUN, f"--data={text.__file__}", "--init_from=moved", "--steps=1", "--lr=1e-9", "--weight_decay=0")
+    run(train, *RUN, f"--data={text.__file__}", "--init_from=moved", "--n_layer=3", "--steps=1", "--lr=1e-9",
+        "--weight_decay=0")
     torch.testing.assert_close(load()["model"], load("moved")["model"], rtol=0, atol=1e-6)
-    assert load()["step"] == 1 and load()["tokenizer"] == load("moved")["tokenizer"]
+    assert load()["tokenizer"] == load("moved")["tokenizer"]
+    assert load()["step"] == 1 and load()["config"]["n_layer"] == 3
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device", "out/last.pt"), RuntimeError("of torch")])
@@ -1135,7 +1137,8 @@ BAD = [  # what is run, and what is added: the sentence contains the name of the
         --data= | --data=missing.txt → missing.txt | --data=empty.txt → more text | --data=latin.txt → more text |
         --tokens_per_step=65 | --n_layer=3 --group_size=2 → n_layer | --top_k=9 | --ffn_reg=nan | --preset=huge → huge |
         --dtype=int8 → int8 | --device=cuda:99 → cuda:99 | --n_expert=32768 → 32768 | --vocab_size=100 | --wandb |
-        --tokenizer=klingon → klingon | --out=text.txt → text.txt | --out=out → --resume | --init_from=out"""),
+        --tokenizer=klingon → klingon | --out=text.txt → text.txt | --out=out → --resume |
+        --init_from=out --tokenizer=x → --init_from | --init_from=out --n_embd=32 → model that fits .size mismatch"""),
     ([train], """
         --resume → 6 steps | --resume --out=nowhere → nowhere | --resume --out=half.pt → half.pt | --resume --seed=3 |
         --resume --out=other.pt → other.pt .* .'options'. | --resume --steps=9 --data=few.txt → not what it was |

@@ -48,7 +48,7 @@ class Options:
     out: str = option("out", "folder of the run")
     resume: bool = option(False, "go on from the last checkpoint in --out, with the options it was started with")
     preset: str = option("tiny", "model and recipe: PRESETS in moeut.py, RECIPES in train.py", choices=PRESETS)
-    init_from: str = option("", "begin with the weights and the tokenizer of a run of this program")
+    init_from: str = option("", "begin with another run's weights and tokenizer; --n_layer, --dropout, ... may differ")
     steps: int = option(700, "optimizer steps", 1)
     tokens_per_step: int = option(2048, "tokens for one optimizer step, over all processes", 1)
     batch_size: int = option(16, "sequences at a time in a process; the rest of a step is accumulated", 1)
@@ -142,17 +142,17 @@ def read_checkpoint(path: Path) -> dict:
         sys.exit(f"{path} is not a checkpoint, or it is damaged.")
 
 
-def load_model(path: Path) -> tuple[MoEUT, Tokenizer, dict]:
-    """The model and the tokenizer of a checkpoint, and all that it holds."""
+def load_model(path: Path, **changes) -> tuple[MoEUT, Tokenizer, dict]:
+    """The model of a checkpoint, its config changed where the weights allow it; its tokenizer; all that it holds."""
     stored = read_checkpoint(path)
     try:
         Options(**stored["options"]), [stored[name] for name in STATE]  # or it is not whole
-        model = MoEUT(MoEUTConfig(**stored["config"]))
+        model = MoEUT(MoEUTConfig(**stored["config"] | changes))
         model.load_state_dict(stored["model"])
         return model, Tokenizer(stored["tokenizer"]), stored
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         reason = str(e).split("\n")[-1].strip()  # of several the last, or the sentence would be a page
-        sys.exit(f"{path} does not hold a model of this program ({reason}).")
+        sys.exit(f"{path} does not hold a model that fits ({reason}).")
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -284,11 +284,11 @@ def main():
     out, resume = Path(given.get("out", Options.out)), given.get("resume", False)
     model, tokenizer, stored = None, None, {}
     if resume or "init_from" in given:
-        fixed = {"preset", "tokenizer"} | ({"init_from", "seed", "tokens_per_step"} if resume else set())
-        if wrong := sorted(fixed & given.keys() | changes.keys()):
+        fixed = {"preset", "tokenizer"} | ({"init_from", "seed", "tokens_per_step", *changes} if resume else set())
+        if wrong := sorted(fixed & {*given, *changes}):
             how = "resume" if resume else "init_from"
             sys.exit(f"--{wrong[0]} cannot be given with --{how}: the checkpoint says it.")
-        model, tokenizer, stored = load_model(out if resume else Path(given["init_from"]))
+        model, tokenizer, stored = load_model(out if resume else Path(given["init_from"]), **changes)
     if not resume and (out / "last.pt").exists():
         sys.exit(f"{out} holds a run already: --resume goes on with it, another --out begins a new one.")
     name = stored.get("options", given).get("preset", Options.preset)
