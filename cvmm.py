@@ -31,7 +31,7 @@ dx is the same operation again, with w transposed and the fans exchanged; dgate 
 Letters: M slots; E experts, of all heads; a matrix has I inputs and O outputs; C width, F expert size.
 """
 
-from __future__ import annotations  # as tl, in those of the kernels, may be missing
+from __future__ import annotations  # not evaluated: `tl`, in those of the kernels, may be missing
 
 import contextlib
 import os
