@@ -123,7 +123,17 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     return Routing(expert, n_expert, row.int(), slot.int(), offsets.int(), tiles)
 
 
-# The custom ops, opaque to torch.compile, and the PyTorch path: gather all rows, a matmul per expert, sum the slots ---
+# The custom ops, and the PyTorch path: gather all rows, a matmul per expert, sum the slots ----------------------------
+
+
+def opaque(name: str, fake):
+    """Decorates what torch.compile must not look into: there it is a custom op, whose shapes `fake` tells. Elsewhere it
+    stays a function, because the first call of a custom op takes 2 seconds, to import the compiler."""
+    def decorate(function):
+        op = torch.library.custom_op(f"moeut::{name}", function, mutates_args=())
+        op.register_fake(fake)
+        return lambda *args: (op if torch.compiler.is_compiling() else function)(*args)
+    return decorate
 
 
 def gather(x: Tensor, slot: Tensor, fan: int | None) -> Tensor:
@@ -144,8 +154,10 @@ def experts(slot: Tensor, offsets: Tensor):
     return enumerate(map(slice, ends, ends[1:]))
 
 
-@torch.library.custom_op("moeut::cvmm", mutates_args=())
-def _multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, row: Tensor, slot: Tensor,
+@opaque("cvmm", lambda x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out: (
+    x.new_empty(slot.shape[0] // (fan_out or 1), w.shape[2]),
+    x.new_empty(0 if other is None else slot.shape[0], dtype=sum_dtype(x))))
+def multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, row: Tensor, slot: Tensor,
               offsets: Tensor, tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
     """The operation: [M / fan_out, O]; and, for dgate, the dot products [M] of what each slot gives, before its gate,
     with its row of other [M / fan_out, O]; [0] without other. Gate and other come only where slots are summed."""
@@ -166,8 +178,9 @@ def _multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, r
         return y.to(x.dtype), product                                                # [M / fan_out, O]
 
 
-@torch.library.custom_op("moeut::cvmm_dw", mutates_args=())
-def _dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: Tensor | None, fan_in: int | None,
+@opaque("cvmm_dw", lambda x, dout, slot, offsets, *_: x.new_empty(
+    offsets.shape[0] - 1, x.shape[1], dout.shape[1], dtype=sum_dtype(x)))
+def multiply_dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: Tensor | None, fan_in: int | None,
         fan_out: int | None) -> Tensor:
     """The gradient of w without gates: [E, I, O], in float32 at least"""
     with torch.autocast(x.device.type, enabled=False):
@@ -178,13 +191,6 @@ def _dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: Tensor | 
         for e, rows in experts(slot, offsets):
             torch.mm(x[rows].T, dout[rows], out=dw[e])                               # zeros for an expert without rows
         return dw.to(sum_dtype(dw))
-
-
-_multiply.register_fake(lambda x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out: (
-    x.new_empty(slot.shape[0] // (fan_out or 1), w.shape[2]),
-    x.new_empty(0 if other is None else slot.shape[0], dtype=sum_dtype(x))))
-_dw.register_fake(lambda x, dout, slot, offsets, *_: x.new_empty(
-    offsets.shape[0] - 1, x.shape[1], dout.shape[1], dtype=sum_dtype(x)))
 
 
 # The Triton path: three kernels, another for routers, and what launches them -----------------------------------------
@@ -397,6 +403,7 @@ def triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out):
     return dw
 
 
+@opaque("top_k", lambda x, k: x.new_empty(*x.shape[:-1], k, dtype=torch.long))
 def triton_top_k(x: Tensor, k: int) -> Tensor:
     n_expert, expert = x.shape[-1], x.new_empty(*x.shape[:-1], k, dtype=torch.long)
     n, width = x.numel() // n_expert, triton.next_power_of_2(n_expert)
@@ -406,17 +413,13 @@ def triton_top_k(x: Tensor, k: int) -> Tensor:
     return expert
 
 
-_top_k = torch.library.custom_op("moeut::top_k", triton_top_k, mutates_args=())
-_top_k.register_fake(lambda x, k: x.new_empty(*x.shape[:-1], k, dtype=torch.long))
-
-
 # Autograd, and the public functions ----------------------------------------------------------------------------------
 
 
 def top_k(x: Tensor, k: int) -> Tensor:
     """The places of the k largest numbers of the last dimension, in any order: [..., n] -> [..., k]"""
     fast = backend(x.device) == "Triton" and x.dtype == torch.float32 and k <= x.shape[-1] <= 1024
-    return _top_k(x, k) if fast else x.topk(k, sorted=False).indices
+    return triton_top_k(x, k) if fast else x.topk(k, sorted=False).indices
 
 
 class _CVMM(torch.autograd.Function):
@@ -427,14 +430,14 @@ class _CVMM(torch.autograd.Function):
     def forward(ctx, x, w, gate, fan_in, fan_out, *routing):
         ctx.save_for_backward(x, w, gate, *routing)
         ctx.fans = fan_in, fan_out
-        return _multiply(x, aligned(w.to(x.dtype)), gate, None, *routing, fan_in, fan_out)[0]
+        return multiply(x, aligned(w.to(x.dtype)), gate, None, *routing, fan_in, fan_out)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         (x, w, gate, row, slot, *rest), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
         gate_x = (None, None) if gate is None or fan_in is None else (gate, x.contiguous())
-        dx, dgate = _multiply(dout, aligned(w.to(x.dtype)).mT, *gate_x, row, slot, *rest, fan_out, fan_in)
+        dx, dgate = multiply(dout, aligned(w.to(x.dtype)).mT, *gate_x, row, slot, *rest, fan_out, fan_in)
         if gate is not None:
             # In sight of torch.compile, which makes it one pass: the gates of dx, where no slots are summed, and those
             # of dw, in its narrower operand. dw_kernel copies operands past the registers, and could not multiply them.
@@ -445,7 +448,7 @@ class _CVMM(torch.autograd.Function):
                 x, fan_in = gated(gather(x, slot, fan_in), gate, slot), None
             else:
                 dout, fan_out = gated(gather(dout, slot, fan_out), gate, slot), None
-        dw = _dw(x, dout, slot, *rest, fan_in, fan_out)[:, : w.shape[1], : w.shape[2]]  # without the padding
+        dw = multiply_dw(x, dout, slot, *rest, fan_in, fan_out)[:, : w.shape[1], : w.shape[2]]  # without the padding
         return dx, dw, None if gate is None else dgate, *[None] * 6
 
 
@@ -469,8 +472,8 @@ def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_
     x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w.dtype)
     gate = None if gate is None else gate.reshape(-1).contiguous()
     if routing.slot is None:
-        multiply = few if backend(x.device) == "Triton" else definition
-        return multiply(x, w, routing.expert, fan_in or 1, fan_out or 1, gate)
+        unsorted = few if backend(x.device) == "Triton" else definition
+        return unsorted(x, w, routing.expert, fan_in or 1, fan_out or 1, gate)
     y = _CVMM.apply(aligned(x), w, gate if fan_out else None, fan_in, fan_out, *routing[2:])[:, : w.shape[2]]
     return y if gate is None or fan_out else gated(y, gate, routing.slot)
 
