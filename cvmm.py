@@ -158,7 +158,7 @@ def experts(slot: Tensor, offsets: Tensor):
     x.new_empty(slot.shape[0] // (fan_out or 1), w.shape[2]),
     x.new_empty(0 if other is None else slot.shape[0], dtype=sum_dtype(x))))
 def multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, row: Tensor, slot: Tensor,
-              offsets: Tensor, tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
+             offsets: Tensor, tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
     """The operation: [M / fan_out, O]; and, for dgate, the dot products [M] of what each slot gives, before its gate,
     with its row of other [M / fan_out, O]; [0] without other. Gate and other come only where slots are summed."""
     with torch.autocast(x.device.type, enabled=False):  # it would change the sums
@@ -180,8 +180,8 @@ def multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, ro
 
 @opaque("cvmm_dw", lambda x, dout, slot, offsets, *_: x.new_empty(
     offsets.shape[0] - 1, x.shape[1], dout.shape[1], dtype=sum_dtype(x)))
-def multiply_dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: Tensor | None, fan_in: int | None,
-        fan_out: int | None) -> Tensor:
+def multiply_dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: Tensor | None,
+                fan_in: int | None, fan_out: int | None) -> Tensor:
     """The gradient of w without gates: [E, I, O], in float32 at least"""
     with torch.autocast(x.device.type, enabled=False):
         if tiles is not None:
