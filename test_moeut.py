@@ -152,7 +152,9 @@ def test_equations(changes):
     quiet, p = model.eval()(idx, targets), list(model.parameters())
     close([out.logits, out.cross_entropy.double(), out.reg.double()], [logits, cross_entropy, reg.double()])
     close([quiet.logits, quiet.loss, quiet.reg], [out.logits, out.cross_entropy, torch.zeros(())])
-    close(torch.autograd.grad(out.loss, p), torch.autograd.grad(cross_entropy + reg, p), 1e-4)
+    grads = torch.autograd.grad(out.loss, p)
+    close(grads, torch.autograd.grad(cross_entropy + reg, p), 1e-4)
+    assert out.loss == out.cross_entropy + out.reg and all(grad.any() for grad in grads)
 
 
 # The authors' MoEUTLM (github.com/RobertCsordas/moeut) computed these numbers in Triton's interpreter: cross entropy,
@@ -311,8 +313,9 @@ def loss_and_grads(model, run, idx):
 
 def test_dropout_and_recompute():
     """Dropout acts in training only. Activation checkpointing runs every layer twice, and changes no number."""
-    model, idx, calls = make(dropout=0.3), tokens(2, 16), []
-    assert not torch.equal(model(idx).logits, model(idx).logits)
+    model, idx, calls = make(dropout=0.3, expert_dropout=0.3), tokens(2, 16), []
+    for noisy in (make(dropout=0.3), make(expert_dropout=0.3)):
+        assert not torch.equal(noisy(idx).logits, noisy(idx).logits)
     kept = loss_and_grads(model, model, idx)
     model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model.recompute = True
@@ -328,7 +331,7 @@ def test_dropout_and_recompute():
 def test_compile(compiler, name, training):
     """One graph, whatever the experts chosen; for two batches, without a second compilation."""
     torch.compiler.reset()
-    model = MoEUT(tiny(**FAMILY[name] | dict(n_layer=1, group_size=1))).train(training)
+    model = MoEUT(tiny(**FAMILY[name] | dict(n_layer=2, group_size=1))).train(training)
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     for stance in ("default", "fail_on_recompile"):
         idx = tokens(4, 16)
@@ -402,7 +405,9 @@ def test_sampling_distribution(options, expected):
     model.lm_head.weight.data.zero_()
     model.lm_head.bias.data = torch.tensor([0.1, 0.4, 0.2, 0.3]).log() + 50
     (drawn,) = model.generate(tokens(40_000, 1) % 4, 1, generator=torch.Generator().manual_seed(0), **options)
-    torch.testing.assert_close(drawn.bincount(minlength=4) / len(drawn), torch.tensor(expected), rtol=0, atol=0.012)
+    frequency = drawn.bincount(minlength=4) / len(drawn)
+    torch.testing.assert_close(frequency, torch.tensor(expected), rtol=0, atol=0.012)
+    assert (frequency[torch.tensor(expected) == 0] == 0).all()
 
 
 @pytest.mark.parametrize("named, call", [
@@ -942,6 +947,7 @@ def test_steps_that_are_not_finite(run, done, monkeypatch):
         seen.append([*parameters][-1].tolist()), next(norms))[1])
     run(train, "--resume", "--steps=30")
     assert [a != b for a, b in itertools.pairwise(seen)] == [False, True] * 11 + [False]
+    assert list(logged("out", "grad").values())[6:] == [None, 1] * 12
     assert list(logged("out", "skipped").values()) == [1] * 12 and math.isfinite(logged("out", "val_loss")[30])
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
                         lambda *_: signal.raise_signal(signal.SIGINT) or torch.tensor(math.nan))
