@@ -52,7 +52,6 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
 INTERPRETED = triton and tl.constexpr(triton.knobs.runtime.interpret)  # in Python, also on a CPU: for tests
 jit = triton.jit if triton else lambda function: function
 force = None  # "PyTorch" | "Triton": tests compare the two
-FEW_SLOTS = dict(PyTorch=16, Triton=64)  # of a decoded token, without gradients: up to here nobody sorts
 
 
 def backend(device: torch.device) -> str:
@@ -73,11 +72,16 @@ def definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int = 1, fan_out: i
     return out.to(x.dtype)
 
 
-def few(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: int, gate: Tensor | None):
+def batched(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: int, gate: Tensor | None):
     """The same for the few slots of a decoded token on a GPU, where each launch costs more than a copy of matrices."""
-    y = x.repeat_interleave(fan_in, 0).unsqueeze(1) @ w[expert].to(x.dtype)                      # [M, 1, O]
-    y = y if gate is None else y * gate[:, None, None]                                           # [M, 1, O]
-    return y.view(-1, fan_out, w.shape[2]).sum(1).to(x.dtype)                                    # [M / fan_out, O]
+    x = x.unsqueeze(1).expand(-1, fan_in, -1).reshape(-1, 1, w.shape[1])                         # [M, 1, I]
+    y = (x @ w[expert].to(x.dtype)).view(-1, fan_out, w.shape[2])                                # [.., fan_out, O]
+    return y.sum(1) if gate is None else (gate.view(-1, 1, fan_out).to(y.dtype) @ y).squeeze(1)  # [M / fan_out, O]
+
+
+def few(m: int, path: str) -> bool:
+    """Whether m slots are so few that nobody sorts: those of a decoded token, without gradients."""
+    return m <= dict(PyTorch=16, Triton=64)[path] and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -111,7 +115,7 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     if not 1 <= n_expert < 2**15:
         raise ValueError(f"route: n_expert is {n_expert}: it must be at least 1, and below 32768 to fit 16 bits.")
     expert, path = expert.flatten(), backend(expert.device)
-    if len(expert) <= FEW_SLOTS[path] and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    if few(len(expert), path):
         if path == "Triton" or all(0 <= e < n_expert for e in expert.tolist()):  # else sorted, for cvmm to raise
             return Routing(expert, n_expert)
     # Stable, so that sums have a fixed order and the slots of an expert ascend. In 16 bits, as a GPU sorts bit by bit;
@@ -390,7 +394,7 @@ def triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_ou
     out, width = x.new_empty(m // fan_out, o), triton.next_power_of_2(o)
     tokens = max(1024 // width, 1)  # of a program
     launch(sum_kernel, triton.cdiv(len(out), tokens), y=y, out=out, gate=gate, other=other, product=product, row=row,
-           n=len(out), n_out=o, fan_out=fan_out, TOKENS=tokens, WIDTH=width, num_warps=max(2, width // 1024))
+           n=len(out), n_out=o, fan_out=fan_out, TOKENS=tokens, WIDTH=width, num_warps=max(1, width // 512))
     return out, product
 
 
@@ -418,7 +422,8 @@ def triton_top_k(x: Tensor, k: int) -> Tensor:
 
 def top_k(x: Tensor, k: int) -> Tensor:
     """The places of the k largest numbers of the last dimension, in any order: [..., n] -> [..., k]"""
-    fast = backend(x.device) == "Triton" and x.dtype == torch.float32 and k <= x.shape[-1] <= 1024
+    path, n = backend(x.device), x.shape[-1]
+    fast = path == "Triton" and x.dtype == torch.float32 and k <= n <= 1024 and not few(x.numel() // n * k, path)
     return triton_top_k(x, k) if fast else x.topk(k, sorted=False).indices
 
 
@@ -472,7 +477,7 @@ def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_
     x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w.dtype)
     gate = None if gate is None else gate.reshape(-1).contiguous()
     if routing.slot is None:
-        unsorted = few if backend(x.device) == "Triton" else definition
+        unsorted = batched if backend(x.device) == "Triton" else definition
         return unsorted(x, w, routing.expert, fan_in or 1, fan_out or 1, gate)
     y = _CVMM.apply(aligned(x), w, gate if fan_out else None, fan_in, fan_out, *routing[2:])[:, : w.shape[2]]
     return y if gate is None or fan_out else gated(y, gate, routing.slot)
@@ -494,10 +499,10 @@ def feedforward(x, w_up, w_down, gate, expert):
 
 def random_feedforward(n, C, F_, E, K, dtype, device):
     """x, w_up, w_down, gate, all with gradients, and expert"""
-    weights = [torch.randn(s, dtype=dtype) / s[-2] ** 0.5 for s in ((E, C, F_), (E, F_, C))]
-    gate, expert = torch.rand(n, E).topk(K)
-    inputs = torch.randn(n, C, dtype=dtype), *weights, gate
-    return *(t.to(device).requires_grad_() for t in inputs), expert.to(device)
+    with torch.device(device):
+        weights = [torch.randn(s, dtype=dtype) / s[-2] ** 0.5 for s in ((E, C, F_), (E, F_, C))]
+        gate, expert = torch.rand(n, E).topk(K)
+        return *(t.requires_grad_() for t in (torch.randn(n, C, dtype=dtype), *weights, gate)), expert
 
 
 def check(device: str):
