@@ -115,9 +115,8 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     if not 1 <= n_expert < 2**15:
         raise ValueError(f"route: n_expert is {n_expert}: it must be at least 1, and below 32768 to fit 16 bits.")
     expert, path = expert.flatten(), backend(expert.device)
-    if few(len(expert), path):
-        if path == "Triton" or all(0 <= e < n_expert for e in expert.tolist()):  # else sorted, for cvmm to raise
-            return Routing(expert, n_expert)
+    if few(len(expert), path) and (path == "Triton" or all(0 <= e < n_expert for e in expert.tolist())):
+        return Routing(expert, n_expert)  # an expert that does not exist is sorted, for cvmm to raise
     # Stable, so that sums have a fixed order and the slots of an expert ascend. In 16 bits, as a GPU sorts bit by bit;
     # clamped first, as otherwise an expert that does not exist could become one that does.
     ids, slot = expert.long().clamp(-1, n_expert).short().sort(stable=True)      # [M] both
@@ -407,24 +406,21 @@ def triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out):
     return dw
 
 
+# Autograd, and the public functions ----------------------------------------------------------------------------------
+
+
 @opaque("top_k", lambda x, k: x.new_empty(*x.shape[:-1], k, dtype=torch.long))
-def triton_top_k(x: Tensor, k: int) -> Tensor:
-    n_expert, expert = x.shape[-1], x.new_empty(*x.shape[:-1], k, dtype=torch.long)
-    n, width = x.numel() // n_expert, triton.next_power_of_2(n_expert)
+def top_k(x: Tensor, k: int) -> Tensor:
+    """The places of the k largest numbers of the last dimension, in any order: [..., n] -> [..., k]"""
+    path, n_expert = backend(x.device), x.shape[-1]
+    n = x.numel() // n_expert
+    if path == "PyTorch" or x.dtype != torch.float32 or not k <= n_expert <= 1024 or few(n * k, path):
+        return x.topk(k, sorted=False).indices
+    expert, width = x.new_empty(*x.shape[:-1], k, dtype=torch.long), triton.next_power_of_2(n_expert)
     tokens = max(512 // width, 1)  # of a program
     launch(top_k_kernel, triton.cdiv(n, tokens), x=x.contiguous().view(torch.int32), expert=expert, n=n,
            n_expert=n_expert, top_k=k, TOKENS=tokens, WIDTH=width, num_warps=1)
     return expert
-
-
-# Autograd, and the public functions ----------------------------------------------------------------------------------
-
-
-def top_k(x: Tensor, k: int) -> Tensor:
-    """The places of the k largest numbers of the last dimension, in any order: [..., n] -> [..., k]"""
-    path, n = backend(x.device), x.shape[-1]
-    fast = path == "Triton" and x.dtype == torch.float32 and k <= n <= 1024 and not few(x.numel() // n * k, path)
-    return triton_top_k(x, k) if fast else x.topk(k, sorted=False).indices
 
 
 class _CVMM(torch.autograd.Function):
