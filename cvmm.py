@@ -34,6 +34,7 @@ Letters: M slots; E experts, of all heads; a matrix has I inputs and O outputs; 
 from __future__ import annotations  # not evaluated: `tl`, in those of the kernels, may be missing
 
 import contextlib
+import functools
 import os
 import time
 from typing import NamedTuple
@@ -75,12 +76,12 @@ def definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int = 1, fan_out: i
 def batched(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: int, gate: Tensor | None):
     """The same for the few slots of a decoded token on a GPU, where each launch costs more than a copy of matrices."""
     x = x.unsqueeze(1).expand(-1, fan_in, -1).reshape(-1, 1, w.shape[1])                         # [M, 1, I]
-    y = (x @ w[expert].to(x.dtype)).view(-1, fan_out, w.shape[2])                                # [.., fan_out, O]
-    return y.sum(1) if gate is None else (gate.view(-1, 1, fan_out).to(y.dtype) @ y).squeeze(1)  # [M / fan_out, O]
+    y = (x @ w[expert].to(x.dtype)).view(-1, fan_out, w.shape[2])                                # [M / fan_out, .., O]
+    return y.sum(1, dtype=y.dtype) if gate is None else (gate.view(-1, 1, fan_out).to(y.dtype) @ y).squeeze(1)
 
 
 def few(m: int, path: str) -> bool:
-    """Whether m slots are so few that nobody sorts: those of a decoded token, without gradients."""
+    """Whether m slots are so few that sorting costs more than it saves: those of a decoded token, without gradients."""
     return m <= dict(PyTorch=16, Triton=64)[path] and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
@@ -108,18 +109,18 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 
     Args: expert, integers in [0, n_expert), of any shape, slots in token-major order.
     Raises TypeError for experts that are not integers; ValueError if n_expert does not fit 16 bits and, in cvmm, for a
-    choice that does not exist. With Triton nobody looks: what the token of such a slot gets is undefined.
+    choice that does not exist. With Triton nobody looks: what the token of such a slot gets is undefined, if anything.
     """
     if expert.is_floating_point() or expert.is_complex() or expert.dtype == torch.bool:
         raise TypeError(f"route: experts are numbers of dtype {expert.dtype}, but must be integers.")
     if not 1 <= n_expert < 2**15:
         raise ValueError(f"route: n_expert is {n_expert}: it must be at least 1, and below 32768 to fit 16 bits.")
-    expert, path = expert.flatten(), backend(expert.device)
+    expert, path = expert.flatten().long(), backend(expert.device)
     if few(len(expert), path) and (path == "Triton" or all(0 <= e < n_expert for e in expert.tolist())):
-        return Routing(expert, n_expert)  # an expert that does not exist is sorted, for cvmm to raise
+        return Routing(expert, n_expert)  # else, if there is no such expert, `experts` raises
     # Stable, so that sums have a fixed order and the slots of an expert ascend. In 16 bits, as a GPU sorts bit by bit;
     # clamped first, as otherwise an expert that does not exist could become one that does.
-    ids, slot = expert.long().clamp(-1, n_expert).short().sort(stable=True)      # [M] both
+    ids, slot = expert.clamp(-1, n_expert).short().sort(stable=True)             # [M] both
     row = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(slot), device=slot.device))  # [M]
     offsets = torch.searchsorted(ids, torch.arange(n_expert + 1, device=ids.device, dtype=ids.dtype))
     tiles = tile_table(offsets, len(slot), n_expert).int() if path == "Triton" else None
@@ -135,7 +136,7 @@ def opaque(name: str, fake):
     def decorate(function):
         op = torch.library.custom_op(f"moeut::{name}", function, mutates_args=())
         op.register_fake(fake)
-        return lambda *args: (op if torch.compiler.is_compiling() else function)(*args)
+        return functools.wraps(function)(lambda *args: (op if torch.compiler.is_compiling() else function)(*args))
     return decorate
 
 
@@ -164,21 +165,20 @@ def multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, ro
              offsets: Tensor, tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
     """The operation: [M / fan_out, O]; and, for dgate, the dot products [M] of what each slot gives, before its gate,
     with its row of other [M / fan_out, O]; [0] without other. Gate and other come only where slots are summed."""
-    with torch.autocast(x.device.type, enabled=False):  # it would change the sums
-        if tiles is not None:
-            return triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out)
-        x = gather(x, slot, fan_in)                                                  # [M, I]
-        y = x.new_empty(len(x), w.shape[2])                                          # [M, O]
-        for e, rows in experts(slot, offsets):
-            torch.mm(x[rows], w[e], out=y[rows])
-        product = x.new_empty(0 if other is None else len(y), dtype=sum_dtype(x))    # [M]
-        if fan_out is None:
-            return y, product
-        if other is not None:
-            product[slot] = (y * gather(other, slot, fan_out).to(product.dtype)).sum(1)
-        weights = None if gate is None else gate.view(-1, fan_out).to(product.dtype)
-        y = F.embedding_bag(row.view(-1, fan_out), y.to(product.dtype), mode="sum", per_sample_weights=weights)
-        return y.to(x.dtype), product                                                # [M / fan_out, O]
+    if tiles is not None:
+        return triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out)
+    x = gather(x, slot, fan_in)                                                      # [M, I]
+    y = x.new_empty(len(x), w.shape[2])                                              # [M, O]
+    for e, rows in experts(slot, offsets):
+        torch.mm(x[rows], w[e], out=y[rows])
+    dots = x.new_empty(0 if other is None else len(y), dtype=sum_dtype(x))           # [M]
+    if fan_out is None:
+        return y, dots
+    if other is not None:
+        dots[slot] = (y * gather(other, slot, fan_out).to(dots.dtype)).sum(1)
+    weights = None if gate is None else gate.view(-1, fan_out).to(dots.dtype)
+    y = F.embedding_bag(row.view(-1, fan_out), y.to(dots.dtype), mode="sum", per_sample_weights=weights)
+    return y.to(x.dtype), dots                                                       # [M / fan_out, O]
 
 
 @opaque("cvmm_dw", lambda x, dout, slot, offsets, *_: x.new_empty(
@@ -186,17 +186,16 @@ def multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, ro
 def multiply_dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: Tensor | None,
                 fan_in: int | None, fan_out: int | None) -> Tensor:
     """The gradient of w without gates: [E, I, O], in float32 at least"""
-    with torch.autocast(x.device.type, enabled=False):
-        if tiles is not None:
-            return triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out)
-        x, dout = gather(x, slot, fan_in), gather(dout, slot, fan_out)               # [M, I], [M, O]
-        dw = x.new_empty(len(offsets) - 1, x.shape[1], dout.shape[1])
-        for e, rows in experts(slot, offsets):
-            torch.mm(x[rows].T, dout[rows], out=dw[e])                               # zeros for an expert without rows
-        return dw.to(sum_dtype(dw))
+    if tiles is not None:
+        return triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out)
+    x, dout = gather(x, slot, fan_in), gather(dout, slot, fan_out)                   # [M, I], [M, O]
+    dw = x.new_empty(len(offsets) - 1, x.shape[1], dout.shape[1])
+    for e, rows in experts(slot, offsets):
+        torch.mm(x[rows].T, dout[rows], out=dw[e])                                   # zeros for an expert without rows
+    return dw.to(sum_dtype(dw))
 
 
-# The Triton path: three kernels, another for routers, and what launches them -----------------------------------------
+# The Triton path: four kernels, one of them for routers, and what launches them --------------------------------------
 #
 # The first multiplies rows by the matrix of their expert, forward and for dx, in tiles of up to BM rows of one expert:
 #
@@ -211,7 +210,7 @@ def multiply_dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: T
 # The second sums the slots, when all are in memory:
 #
 #     for each token t of out, for each of its slots s:                       one program for a few tokens
-#         product[s] = <y[row[s]], other[t]>                                  for dgate only
+#         dots[s] = <y[row[s]], other[t]>                                  for dgate only
 #         out[t] += gate[s] * y[row[s]]
 #
 # For dx, x is dout and other is x. There are no atomics: every number is written once, in a fixed order of summation,
@@ -225,12 +224,11 @@ def tile_table(offsets: Tensor, m: int, n_expert: int) -> Tensor:
     begin = F.pad(((offsets.diff() + bm - 1) // bm).cumsum(0), (1, 0))           # [E + 1] like offsets, but of tiles
     tile = torch.arange(m // bm + n_expert, device=offsets.device)
     e = torch.searchsorted(begin, tile, right=True) - 1                          # E for the surplus
-    first = offsets[e] + (tile - begin[e]) * bm
-    return torch.stack((torch.where(e < n_expert, e, -1), first), dim=1)
+    return torch.stack((torch.where(e < n_expert, e, -1), offsets[e] + (tile - begin[e]) * bm), dim=1)
 
 
 def block_rows(m: int, n_expert: int) -> int:
-    """Rows of a tile: about the rows of an expert, from 16 to 128. Known without a look at the counts."""
+    """Rows of a tile: the mean rows of an expert, rounded up, from 16 to 128. Known without a look at the counts."""
     return next(size for size in (16, 32, 64, 128) if size >= min(m // n_expert, 128))
 
 
@@ -243,8 +241,7 @@ def rows_kernel(x, w, y, slot, offsets, tiles, n_in, n_out, stride_x, stride_we,
     expert = tl.load(tiles + 2 * tile).to(tl.int64)
     if expert < 0:
         return
-    first = tl.load(tiles + 2 * tile + 1)
-    end = tl.load(offsets + expert + 1)
+    first, end = tl.load(tiles + 2 * tile + 1), tl.load(offsets + expert + 1)
     rows = first + tl.arange(0, BM)
     real = (rows < end)[:, None]
     source = tl.minimum(rows, end - 1)  # surplus rows repeat the last one and are not stored
@@ -275,7 +272,7 @@ def rows_kernel(x, w, y, slot, offsets, tiles, n_in, n_out, stride_x, stride_we,
 
 
 @jit
-def sum_kernel(y, out, gate, other, product, row, n, n_out,  # gate and other may be None
+def sum_kernel(y, out, gate, other, dots, row, n, n_out,  # gate and other may be None
                fan_out: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     t, cols = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64), tl.arange(0, WIDTH)[None, :]
     real = t < n
@@ -288,7 +285,7 @@ def sum_kernel(y, out, gate, other, product, row, n, n_out,  # gate and other ma
         source = tl.load(row + s, mask=real, other=0).to(tl.int64)[:, None] * n_out + cols
         part = tl.load(y + source, mask=inside, other=0.0).to(tl.float32)
         if other is not None:
-            tl.store(product + s, tl.sum(part * factor, 1), mask=real)
+            tl.store(dots + s, tl.sum(part * factor, 1), mask=real)
         if gate is not None:
             part *= tl.load(gate + s, mask=real, other=0.0).to(tl.float32)[:, None]
         acc += part
@@ -313,34 +310,30 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @jit
 def dw_kernel(x, dout, dw, slot, offsets, heaviest, n_in, n_out, stride_x, stride_dout, fan_in: tl.constexpr,
               fan_out: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
-    blocks_o = tl.cdiv(n_out, BN)
-    blocks = tl.cdiv(n_in, BM) * blocks_o
-    block = tl.program_id(0) % blocks
-    expert = tl.load(heaviest + tl.program_id(0) // blocks)
+    block, blocks_i, blocks_o = tl.program_id(0), tl.cdiv(n_in, BM), tl.cdiv(n_out, BN)
+    expert = tl.load(heaviest + block // blocks_o // blocks_i)
     begin, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
-
-    inputs = block // blocks_o * BM + tl.arange(0, BM)
+    inputs = block // blocks_o % blocks_i * BM + tl.arange(0, BM)
     outputs = block % blocks_o * BN + tl.arange(0, BN)
     rows = begin + tl.arange(0, BK)
     s = tl.load(slot + rows, mask=rows < end, other=0)
     acc = tl.zeros((BM, BN), tl.float32)
     for _ in range(begin, end, BK):
         real = (rows < end)[:, None]
-        source = (rows if fan_in is None else s // fan_in).to(tl.int64)[:, None]
-        sink = (rows if fan_out is None else s // fan_out).to(tl.int64)[:, None]
+        x_row = (rows if fan_in is None else s // fan_in).to(tl.int64)[:, None]
+        dout_row = (rows if fan_out is None else s // fan_out).to(tl.int64)[:, None]
         rows += BK  # of the next round
         s = tl.load(slot + rows, mask=rows < end, other=0)
-        a = tl.load(x + source * stride_x + inputs[None, :], mask=real & (inputs[None, :] < n_in), other=0.0)
-        b = tl.load(dout + sink * stride_dout + outputs[None, :], mask=real & (outputs[None, :] < n_out), other=0.0)
+        a = tl.load(x + x_row * stride_x + inputs[None, :], mask=real & (inputs[None, :] < n_in), other=0.0)
+        b = tl.load(dout + dout_row * stride_dout + outputs[None, :], mask=real & (outputs[None, :] < n_out), other=0.0)
         acc = dot(tl.trans(a), b, acc, PRECISION)
-
     target = (expert.to(tl.int64) * n_in + inputs[:, None]) * n_out + outputs[None, :]
     tl.store(dw + target, acc, mask=(inputs[:, None] < n_in) & (outputs[None, :] < n_out))
 
 
 # The last chooses experts. torch.topk, which is made for long rows, takes 2 to 20 times as long: it starts a block of
-# threads for every token, which reads the row again and again. Here a warp keeps rows in its registers, and takes the
-# largest number of each top_k times.
+# threads for every token, which reads the row again and again. Here a warp keeps rows in its registers, and top_k
+# times takes the largest number of each.
 @jit
 def top_k_kernel(x, expert, n, n_expert, top_k, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     token, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64), tl.arange(0, WIDTH)
@@ -355,8 +348,7 @@ def top_k_kernel(x, expert, n, n_expert, top_k, TOKENS: tl.constexpr, WIDTH: tl.
 
 def launch(kernel, programs: int, **arguments):
     """The one place where kernels start; tests look on."""
-    first = next(iter(arguments.values()))
-    with torch.cuda.device_of(first):  # Triton launches on the current device, whatever the tensors are on
+    with torch.cuda.device_of(next(iter(arguments.values()))):  # else on the current device, wherever the tensors are
         kernel[(programs,)](**arguments)
 
 
@@ -375,8 +367,7 @@ def aligned(t: Tensor) -> Tensor:
     if backend(t.device) != "Triton":
         return t
     pads = [end for size in reversed(t.shape[1:]) for end in (0, -size % 16)]
-    if any(pads):
-        return F.pad(t, pads)
+    t = F.pad(t, pads) if any(pads) else t
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
@@ -384,17 +375,17 @@ def triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_ou
     m, (e, i, o), options = len(slot), w.shape, schedule(x)
     if hold := i * x.element_size() <= 256:  # with 64 columns there is room to load w ahead
         options |= dict(BN=64, BK=triton.next_power_of_2(i))
-    y, product = x.new_empty(m, o), x.new_empty(0 if other is None else m, dtype=torch.float32)
+    y, dots = x.new_empty(m, o), x.new_empty(0 if other is None else m, dtype=torch.float32)
     launch(rows_kernel, len(tiles) * (1 if hold else triton.cdiv(o, options["BN"])), x=x, w=w, y=y, slot=slot,
            offsets=offsets, tiles=tiles, n_in=i, n_out=o, fan_in=fan_in, stride_x=x.stride(0), stride_we=w.stride(0),
            stride_wi=w.stride(1), stride_wo=w.stride(2), BM=block_rows(m, e), HOLD=hold, **options)
     if fan_out is None:
-        return y, product
+        return y, dots
     out, width = x.new_empty(m // fan_out, o), triton.next_power_of_2(o)
     tokens = max(1024 // width, 1)  # of a program
-    launch(sum_kernel, triton.cdiv(len(out), tokens), y=y, out=out, gate=gate, other=other, product=product, row=row,
-           n=len(out), n_out=o, fan_out=fan_out, TOKENS=tokens, WIDTH=width, num_warps=max(1, width // 512))
-    return out, product
+    launch(sum_kernel, triton.cdiv(len(out), tokens), y=y, out=out, gate=gate, other=other, dots=dots, row=row,
+           n=len(out), n_out=o, fan_out=fan_out, TOKENS=tokens, WIDTH=width, num_warps=min(max(width // 512, 1), 16))
+    return out, dots
 
 
 def triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out):
@@ -412,8 +403,7 @@ def triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out):
 @opaque("top_k", lambda x, k: x.new_empty(*x.shape[:-1], k, dtype=torch.long))
 def top_k(x: Tensor, k: int) -> Tensor:
     """The places of the k largest numbers of the last dimension, in any order: [..., n] -> [..., k]"""
-    path, n_expert = backend(x.device), x.shape[-1]
-    n = x.numel() // n_expert
+    path, n_expert, n = backend(x.device), x.shape[-1], x.shape[:-1].numel()
     if path == "PyTorch" or x.dtype != torch.float32 or not k <= n_expert <= 1024 or few(n * k, path):
         return x.topk(k, sorted=False).indices
     expert, width = x.new_empty(*x.shape[:-1], k, dtype=torch.long), triton.next_power_of_2(n_expert)
@@ -469,8 +459,7 @@ def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_
     if not fits or gate is not None and gate.numel() != m or len({t.device for t in tensors.values()}) > 1:
         given = ", ".join(f"{k} {tuple(t.shape)} on {t.device}" for k, t in tensors.items())
         raise ValueError(f"cvmm: {fan_in=}, {fan_out=} and routing to {routing.n_expert} experts do not fit {given}.")
-    kind = x.device.type
-    x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w.dtype)
+    x = x.to(torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else w.dtype)
     gate = None if gate is None else gate.reshape(-1).contiguous()
     if routing.slot is None:
         unsorted = batched if backend(x.device) == "Triton" else definition
@@ -481,10 +470,8 @@ def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_
 
 # The bench: the feedforwards of models that people train, beside dense ones of equal FLOPs ---------------------------
 
-SHAPES = {  # C, F, E, K
-    "cpu": {"tiny": (64, 128, 8, 2), "small": (256, 320, 18, 2)},
-    "cuda": {"44M": (412, 128, 155, 12), "244M": (1024, 128, 387, 16), "1B": (1536, 128, 565, 24)},
-}
+SHAPES = {"cpu": {"tiny": (64, 128, 8, 2), "small": (256, 320, 18, 2)},  # C, F, E, K
+          "cuda": {"44M": (412, 128, 155, 12), "244M": (1024, 128, 387, 16), "1B": (1536, 128, 565, 24)}}
 
 
 def feedforward(x, w_up, w_down, gate, expert):
