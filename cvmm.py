@@ -210,7 +210,7 @@ def multiply_dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: T
 # The second sums the slots, when all are in memory:
 #
 #     for each token t of out, for each of its slots s:                       one program for a few tokens
-#         dots[s] = <y[row[s]], other[t]>                                  for dgate only
+#         dots[s] = <y[row[s]], other[t]>                                     for dgate only
 #         out[t] += gate[s] * y[row[s]]
 #
 # For dx, x is dout and other is x. There are no atomics: every number is written once, in a fixed order of summation,
