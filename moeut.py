@@ -40,9 +40,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# cvmm multiplies rows by the matrices of their chosen experts only. A slot is one choice by one token, and they are
-# numbered as in expert.flatten(); for each slot,
-#     out[slot // fan_out] += gate[slot] * x[slot // fan_in] @ w[expert[slot]]           gates are 1 if left out
+# cvmm multiplies rows by the matrices of their chosen experts only. For each slot s, which is one choice by one token,
+#     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]     gate (1 if left out) and expert are flattened;
 # so fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert.
 # Without fan_in (None, which is not 1) row i of x is that of the i-th sorted slot; without fan_out, that of out.
 from cvmm import cvmm, route, top_k
@@ -79,13 +78,12 @@ class MoEUTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {rule}.")
 
         for f in fields(self):
-            value, allowed, kind = getattr(self, f.name), get_args(f.type), f.type
-            if allowed:
+            value, low, below = getattr(self, f.name), int(f.type is int), 1 if "dropout" in f.name else math.inf
+            if allowed := get_args(f.type):
                 check(f.name, value in allowed, f"one of {', '.join(allowed)}")
             else:
-                low, below = 1 if kind is int else 0, 1 if "dropout" in f.name else math.inf
-                ok = type(value) in (int, kind) and low <= value < below
-                check(f.name, ok, f"{kind.__name__}, at least {low} and below {below}")
+                ok = type(value) in (int, f.type) and low <= value < below
+                check(f.name, ok, f"{f.type.__name__}, at least {low} and below {below}")
         check("top_k", self.top_k <= self.n_expert, f"at most n_expert = {self.n_expert}")
         check("n_expert", self.n_expert < 2**15, "below 32768")  # cvmm sorts them in 16 bits
         check("n_att_expert", self.n_head * self.n_att_expert < 2**15, f"below 32768 / {self.n_head} heads")
@@ -115,8 +113,8 @@ class Router(nn.Module):
 
     def forward(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """n [B, T, C] -> gate and expert, [B, T, *choices, top_k] both; and in training, for the regulariser, the usage
-        of all experts by each sequence [B, *choices, n_expert]: not a count, but a mean softmax, for nothing else."""
-        with torch.autocast(n.device.type, enabled=False):  # in bfloat16 half of the tokens have a tie at the top-K cut
+        of all experts by each sequence [B, *choices, n_expert]: a mean softmax, as a count would have no gradient."""
+        with torch.autocast(n.device.type, enabled=False):  # in bfloat16 many tokens would have a tie at the cut
             dtype = torch.promote_types(n.dtype, torch.float32)
             logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
         scores = logits.sigmoid()                                                        # [B, T, *choices, n_expert]
@@ -125,7 +123,6 @@ class Router(nn.Module):
             candidates = candidates.masked_fill(torch.rand_like(logits) < self.expert_dropout, -math.inf)
         expert = top_k(candidates, self.top_k)                                           # [B, T, *choices, top_k]
         gate = scores.gather(-1, expert)                                                 # [B, T, *choices, top_k]
-        # How often an expert is chosen has no gradient: a softmax over all experts, averaged over tokens, replaces it.
         usage = logits.softmax(-1).mean(1) if self.training else None                    # [B, *choices, n_expert]
         return gate, expert, usage
 
@@ -338,12 +335,11 @@ class MoEUT(nn.Module):
         total = torch.zeros((), device=self.lm_head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
-            # The mean below is one of values and outputs, too, which add up: twice the mean
             for weight, used in ((2 * self.config.att_reg, att), (self.config.ffn_reg, ffn)):
                 if used[0] is not None:
                     p = torch.stack(used).mean(0)                                # [B, 2, H, A] or [B, E], sums to 1
                     log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # a p that has underflowed adds nothing
-                    total = total + weight * (p * log_p).sum(-1).mean()
+                    total = total + weight * (p * log_p).sum(-1).mean()  # a mean of values and outputs, too: hence 2 *
         return total
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
@@ -410,9 +406,8 @@ PRESETS = {name: MoEUTConfig(**sizes) for name, sizes in {
 
 
 def from_authors(state_dict: dict[str, Tensor], config: MoEUTConfig) -> MoEUT:
-    """A model with the authors' weights, from github.com/RobertCsordas/moeut or .../moeut_training_code. Shapes do not
-    tell n_layer, top_k, att_top_k, layernorm (nor n_head, if n_att_expert is 1): set those right. Raises ValueError if
-    names or shapes do not fit."""
+    """A model with weights of github.com/RobertCsordas/moeut or .../moeut_training_code. Raises ValueError if names or
+    shapes do not fit. They do not tell n_layer, top_k, att_top_k, layernorm (nor, if n_att_expert is 1, n_head)."""
     model, parts, sel_o = MoEUT(config), {}, "router.w" if config.n_att_expert > 1 else "w_gate"
     for name, weight in sorted(state_dict.items(), reverse=True):  # so q comes before k, and sel_v before sel_o
         for theirs, ours in (

@@ -46,7 +46,7 @@ class SampleOptions:
 
 def load(o: SampleOptions) -> tuple[MoEUT, Tokenizer]:
     """A checkpoint of train.py; or of the authors' training code; or a state dict of their clean repository."""
-    path, stored = Path(o.out), read_checkpoint(Path(o.out))
+    stored = read_checkpoint(path := Path(o.out).expanduser())
     args = (stored.get("run_invariants") or {}).get("args", {})
     if not args and "embedding.weight" not in stored:
         if o.tokenizer or o.preset:
@@ -73,8 +73,8 @@ def read_prompt(o: SampleOptions) -> str:
         sys.exit("--prompt and --prompt_file are both given: give one of them.")
     try:
         if o.prompt_file:
-            with open(0 if o.prompt_file == "-" else o.prompt_file, encoding="utf-8", newline="") as file:
-                return file.read() or sys.exit(f"--prompt_file: {o.prompt_file} is empty: give some text to continue.")
+            with open(0 if o.prompt_file == "-" else Path(o.prompt_file).expanduser(), "rb") as file:
+                return file.read().decode() or sys.exit(f"--prompt_file: {o.prompt_file} is empty: give some text.")
         return o.prompt.encode(errors="surrogateescape").decode()
     except UnicodeDecodeError:
         sys.exit(f"The prompt{' in ' + o.prompt_file if o.prompt_file else ''} is not UTF-8 text.")
@@ -82,7 +82,7 @@ def read_prompt(o: SampleOptions) -> str:
 
 def sample(model: MoEUT, tokenizer: Tokenizer, o: SampleOptions, prompt: str, idx: torch.Tensor):
     generator = torch.Generator(idx.device).manual_seed(o.seed)
-    started, rows = time.time(), []
+    started, rows = time.perf_counter(), []
 
     def tokens():
         for token in model.generate(idx, o.max_new_tokens, o.temperature, o.top_k or None, o.top_p, generator):
@@ -93,7 +93,7 @@ def sample(model: MoEUT, tokenizer: Tokenizer, o: SampleOptions, prompt: str, id
         for text in itertools.chain([prompt], tokenizer.stream(row[i] for row in steps)):
             print(text, end="", flush=True)
         print("\n" + "-" * 60 if o.n_samples > 1 else "")
-    seconds, count = time.time() - started, len(rows) * o.n_samples
+    seconds, count = time.perf_counter() - started, len(rows) * o.n_samples
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s on {idx.device}", file=sys.stderr)
 
 
@@ -112,8 +112,7 @@ def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
     feedforward = [call for call in calls if "ffn" in call[0]]
     for i, (name, gate, expert) in enumerate(feedforward, 1):                    # [T, K] both
         best = expert.gather(1, gate.argmax(1, keepdim=True)).flatten().tolist()
-        layer = int(name.split(".")[1]) + 1
-        print(f"\nlayer {layer} of {len(model.layers)}, application {i} of {len(feedforward)}")
+        print(f"\nlayer {int(name.split('.')[1]) + 1} of {len(model.layers)}, application {i} of {len(feedforward)}")
         for word, e in zip(words, best, strict=True):
             mark = f"\x1b[48;5;{17 + e * 89 % 214}m{word}\x1b[0m" if sys.stdout.isatty() else f"{word}[{e}]"
             print(mark.replace("\n", "\\n\n"), end="")
@@ -161,22 +160,19 @@ def evaluate_tasks(model: MoEUT, tokenizer: Tokenizer, tasks: list[str], limit: 
         def tok_encode(self, string, **_):
             return tokenizer.encode(string).tolist()
 
-        def _loglikelihood_tokens(self, requests, **_):  # every context begins a document
+        def _loglikelihood_tokens(self, requests, **_):  # begin a document; for an empty context lm_eval has done so
             pairs = [([tokenizer.end, *c] if text[0] else c, end) for text, c, end in requests]
             return log_likelihoods(model, pairs)
 
         def loglikelihood_rolling(self, requests, **_):
-            totals = []
-            for (text,) in (r.args for r in requests):
-                cut = get_rolling_token_windows(self.tok_encode(text), tokenizer.end, model.config.block_size, 1)
-                totals.append(sum(lp for lp, _ in log_likelihoods(model, list(map(make_disjoint_window, cut)))))
-            return totals
+            T = model.config.block_size
+            cuts = (get_rolling_token_windows(self.tok_encode(*r.args), tokenizer.end, T, 1) for r in requests)
+            return [sum(lp for lp, _ in log_likelihoods(model, list(map(make_disjoint_window, cut)))) for cut in cuts]
 
         def generate_until(self, requests, **_):
             sys.exit("Only tasks that score given text can be evaluated, not those that generate it.")
 
     names = [str(f) for t in tasks for f in (sorted(Path(t).glob("*.yaml")) if Path(t).is_dir() else [t])]
-    names = [str(Path(n).absolute()) if n.endswith(".yaml") else n for n in names]
     try:
         results = simple_evaluate(Adapter(), tasks=names, limit=limit or None)
     except (KeyError, ValueError, OSError) as e:  # no such task, or no network
@@ -185,8 +181,7 @@ def evaluate_tasks(model: MoEUT, tokenizer: Tokenizer, tasks: list[str], limit: 
 
 
 def main():
-    (given,) = parse(__doc__, SampleOptions)
-    o = SampleOptions(**given)
+    o = SampleOptions(**parse(__doc__, SampleOptions)[0])
     prompt, device = read_prompt(o), pick_device(o.device)
     model, tokenizer = load(o)
     model.to(device).eval()

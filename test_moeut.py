@@ -714,6 +714,7 @@ def run(monkeypatch, tmp_path, capsys):
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # drawing takes longer than these runs
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more would wait for each other, in models as small as these
@@ -895,7 +896,7 @@ def test_resume_changes_no_bit(number, dtype, other, run):
         run(train, *options, "--out=parts")
     Path("parts").rename("moved")
     Path("text.txt").rename("moved.txt")
-    run(train, "--resume", "--out=moved", "--data=moved.txt")
+    run(train, "--resume", "--out=~/moved", "--data=~/moved.txt")
     for part in ("step", "model", "optimizer", "scaler"):
         torch.testing.assert_close(load("moved")[part], load("straight")[part], rtol=0, atol=0)
     assert all(logged("moved", key) == logged("straight", key) for key in ("loss", "val_loss"))
@@ -905,7 +906,7 @@ def test_resume_changes_no_bit(number, dtype, other, run):
     losses = logged("moved", "loss")
     assert len(losses) == 10 and losses[10] < losses[1] - 0.2 and not Path("parts").exists()
     assert max(logged("moved", "grad").values()) < 10  # not those of the scaled loss
-    run(train, *RUN, f"--data={text.__file__}", "--init_from=moved", "--n_layer=3", "--steps=1", "--lr=1e-9",
+    run(train, *RUN, f"--data={text.__file__}", "--init_from=~/moved", "--n_layer=3", "--steps=1", "--lr=1e-9",
         "--weight_decay=0")
     torch.testing.assert_close(load()["model"], load("moved")["model"], rtol=0, atol=1e-6)
     assert load()["tokenizer"] == load("moved")["tokenizer"]
@@ -914,7 +915,7 @@ def test_resume_changes_no_bit(number, dtype, other, run):
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device", "out/last.pt"), RuntimeError("of torch")])
 def test_a_full_disk_keeps_the_last_checkpoint(failure, run, done, monkeypatch):
-    """And no half of another. What a run that was killed has left goes when the run goes on."""
+    """And no half of another. What a run that was killed has left goes when the run goes on, and nothing else."""
     def full(_, file):
         file.write(b"half of it")
         raise failure
@@ -923,10 +924,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(failure, run, done, monkeypatch):
     with mock.patch("torch.save", full), pytest.raises(SystemExit, match="^out/last.pt.*(No space|disk full).*$"):
         run(train, "--resume", "--steps=9")
     assert Path("out/last.pt").read_bytes() == before and not list(Path("out").glob("*.part"))
-    Path("out/last.pt.1.part").touch()
+    Path("out/last.pt.1.part").touch(), Path("out/film.mkv.part").touch()
     monkeypatch.chdir("out")  # the text is found from anywhere
     run(train, "--resume", "--steps=9", "--out=.")
-    assert load(".")["step"] == 9 and not list(Path().glob("*.part"))
+    assert load(".")["step"] == 9 and [*map(str, Path().glob("*.part"))] == ["film.mkv.part"]
 
 
 def test_steps_that_are_not_finite(run, done, monkeypatch):
@@ -1009,9 +1010,9 @@ def test_help_compare_and_bench(run):
     run(train, "--resume", "--out=d", "--steps=7")
     table = run(bench, "--preset=tiny", "--batch_size=1").out
     assert len(re.findall(r"^.+[\d,.]+ +[\d,.]+ +\d+\.\d\d$", table, re.MULTILINE)) == 4
-    for script in (train, sample, bench):
-        with pytest.raises(SystemExit, match="^0$"):
-            run(script, "--help")
+    for script, *arguments in (train, "--help"), (sample, "--help"), (bench, "--help"), (train, "--data", "a.txt", ""):
+        with pytest.raises(SystemExit, match="^0$|^--data is empty.$"):
+            run(script, *arguments)
 
 
 # Sampling, experts, scores -------------------------------------------------------------------------------------------
@@ -1037,7 +1038,8 @@ def test_sample(run, done):
     assert "of which the newest 16 are read" in run(sample, f"--prompt={TEXT[:100]}").err
     assert sampled() == sampled("--seed=0") != sampled("--seed=1") != sampled("--seed=1", "--temperature=2")
     Path("prompt.txt").write_bytes("naïve\r\n 🙂".encode())
-    assert sampled("--prompt_file=prompt.txt") == sampled("--prompt=naïve\r\n 🙂")
+    torch.save({part: load()[part] for part in ("model", "config", "options", "tokenizer")}, "weights.pt")
+    assert sampled("--prompt_file=~/prompt.txt", "--out=~/weights.pt") == sampled("--prompt=naïve\r\n 🙂")
     three = sampled("--prompt=12 ·", "--n_samples=3").split("\n" + "-" * 60 + "\n")
     assert len(set(three)) == 4 and three[3] == "" and all(text.startswith("12 ·") for text in three[:3])
     set_end(1e9)
@@ -1144,7 +1146,8 @@ BAD = [  # what is run, and what is added: the sentence contains the name of the
     ([train], """
         --resume → 6 steps | --resume --out=nowhere → nowhere | --resume --out=half.pt → half.pt | --resume --seed=3 |
         --resume --out=other.pt → other.pt .* .'options'. | --resume --steps=9 --data=few.txt → not what it was |
-        --resume --n_layer=4 | --resume --steps=9 --out=foreign.pt → foreign.pt | --init_from=nowhere → nowhere"""),
+        --resume --n_layer=4 | --resume --steps=9 --out=foreign.pt → foreign.pt | --init_from=nowhere → nowhere |
+        --resume --out=weights.pt → --init_from=weights.pt takes the weights"""),
     ([bench], """
         --preset=dense-tiny → dense-tiny | --compare out text.txt → text.txt |
         --compare out foreign.pt → These cannot be compared: step is 6 in out and 5 in foreign.pt."""),
@@ -1162,6 +1165,7 @@ def test_bad_input(start, case, run, done, monkeypatch):
         Path(f"{name}.txt").write_bytes(content)
     Path("half.pt").write_bytes(whole[: len(whole) // 2])
     torch.save(load() | {"optimizer": {}, "step": 5}, "foreign.pt")
+    torch.save({part: load()[part] for part in ("model", "config", "options", "tokenizer")}, "weights.pt")
     torch.save({"config": 1, "model": {}}, "other.pt")
     torch.save({"run_invariants": {"args": {"rope.base": 5e5}}}, "theirs.pt")
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -51,7 +51,7 @@ class Tokenizer:
         """Text of the tokens as they come, in whole characters, up to the end of text."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in itertools.takewhile(lambda i: i != self.end, ids):
-            yield decoder.decode(self.tokens.get(i, b""))  # the others pad the vocabulary
+            yield decoder.decode(self.tokens.get(i, b""))  # an id without a token pads the vocabulary
         yield decoder.decode(b"", final=True)
 
 
@@ -62,7 +62,7 @@ class SentencePiece(Tokenizer):
         try:
             from sentencepiece import SentencePieceProcessor
 
-            p = SentencePieceProcessor(model_proto=Path(path).read_bytes())
+            p = SentencePieceProcessor(model_proto=Path(path).expanduser().read_bytes())
         except (ImportError, RuntimeError):
             sys.exit(f"{path} is no SentencePiece model, or the package is missing: pip install -e '.[sentencepiece]'")
         text = [b"" if p.is_control(i) else p.id_to_piece(i).replace("\u2581", " ").encode() for i in range(len(p))]
@@ -83,7 +83,7 @@ def find_files(patterns) -> list[Path]:
     for pattern in patterns:
         tops = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         found = {Path(p) for top in tops for p in (top, *glob.glob(f"{glob.escape(top)}/**", recursive=True))}
-        found = {p.resolve() for p in found if p.is_file() and (str(p) in tops or p.name not in written)}
+        found = {p.resolve() for p in found if p.is_file() and (p.name not in written or str(p) in tops)}
         if not found:
             sys.exit(f"--data: there is no text at {pattern!r}: give a file, a folder with files, or a pattern.")
         files |= found
@@ -157,10 +157,10 @@ def write_tokens(path: Path, documents, tokenizer: Tokenizer, dtype):
 
 def read_tokens(path: Path, dtype):
     """The tokens of both parts; bits per byte for a nat per token, of both; the hash. Raises OSError or ValueError."""
-    n_train, n_val, *n_bytes_and_hash = np.fromfile(path, np.int64, 8).tolist()
+    n_train, n_val, b_train, b_val, *text_hash = np.fromfile(path, np.int64, 8).tolist()
     tokens = np.memmap(path, dtype, "r", 64, (n_train + n_val,))
-    bits = [n / max(b, 1) / math.log(2) for n, b in zip((n_train, n_val), n_bytes_and_hash[:2], strict=True)]
-    return tokens[:n_train], tokens[n_train:], bits, n_bytes_and_hash[2:]
+    bits = [n / max(b, 1) / math.log(2) for n, b in ((n_train, b_train), (n_val, b_val))]
+    return tokens[:n_train], tokens[n_train:], bits, text_hash
 
 
 def load_text(patterns, name: str, vocab_size: int, tokenizer: Tokenizer | None):
@@ -170,11 +170,10 @@ def load_text(patterns, name: str, vocab_size: int, tokenizer: Tokenizer | None)
     documents = functools.cache(lambda: read_documents(files))
     if not tokenizer:
         train = (text for part, text in split(documents()) if part == 0 and text) if name == "bpe" else ()
-        tokenizer = Tokenizer(make_spec(name, itertools.islice(train, 200), vocab_size))  # a file, or a megabyte, each
+        tokenizer = Tokenizer(make_spec(name, itertools.islice(train, 200), vocab_size))  # a piece: up to 1 MB
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
-    key = repr([tokenizer.spec, [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeut"
-    path = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
+    key = repr([tokenizer.spec, [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]]).encode()
+    path = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache", "moeut", hashlib.sha256(key).hexdigest()[:24])
     try:
         return tokenizer, *read_tokens(path, dtype)
     except (OSError, ValueError):  # not there, or damaged
@@ -186,20 +185,17 @@ def load_text(patterns, name: str, vocab_size: int, tokenizer: Tokenizer | None)
 
 
 @functools.lru_cache(maxsize=2)
-def shuffled(seed: int, epoch: int, n: int, n_offsets: int) -> tuple[np.ndarray, int]:
-    """The order of an epoch's n windows, and where the first of them begins."""
+def epoch_starts(n_tokens: int, T: int, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where the n windows of an epoch begin, in its order: side by side in the text, from a random offset."""
     rng = np.random.default_rng((seed, epoch))
-    return rng.permutation(n), int(rng.integers(n_offsets))
+    return rng.permutation(n) * T + rng.integers(min(T, n_tokens - n * T))
 
 
 def window_starts(n_tokens: int, T: int, numbers, seed: int) -> list[int]:
     """Where the training windows of these numbers begin, of T + 1 tokens each. Every epoch cuts the text anew and
     visits all windows once. What a number stands for does not depend on batch size, processes or interruptions."""
-    n, starts = max((n_tokens - T - 1) // T, 1), []
-    for epoch, i in (divmod(number, n) for number in numbers):
-        order, offset = shuffled(seed, epoch, n, min(T, n_tokens - n * T))
-        starts.append(offset + int(order[i]) * T)
-    return starts
+    n = max((n_tokens - T - 1) // T, 1)
+    return [int(epoch_starts(n_tokens, T, n, seed, number // n)[number % n]) for number in numbers]
 
 
 def batch(data: np.ndarray, starts, T: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,7 +67,7 @@ class Options:
     sample_tokens: int = option(120, "length of the samples", 0)
     device: str = option("auto", "auto is cuda, or else cpu; also cuda:1, mps")
     dtype: str = option("auto", "precision of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
-    compile: str = option("auto", "torch.compile; auto is yes on CUDA", choices=("auto", "yes", "no"))
+    compile: str = option("auto", "torch.compile; auto is yes on CUDA with Triton", choices=("auto", "yes", "no"))
     recompute: bool = option(False, "activation checkpointing: less memory, more time")
     wandb: bool = option(False, "also log to Weights & Biases")
 
@@ -96,7 +96,7 @@ def parse(doc: str, *classes) -> list[dict]:
     given = vars(parser.parse_args())
     for f in fields(classes[0]):
         value, low, below = given.get(f.name), f.metadata["low"], f.metadata["below"]
-        if value in ("", [""]):
+        if "" in (value if type(value) is list else [value]):
             sys.exit(f"--{f.name} is empty.")
         if type(value) in (int, float) and not low <= value < below:
             sys.exit(f"--{f.name} is {value}: it must be at least {low} and below {below}.")
@@ -106,7 +106,7 @@ def parse(doc: str, *classes) -> list[dict]:
 def cli(main):
     """Run a script. What stops it is said in one sentence: by sys.exit where it is found, or here."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: half of a file would be left
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raises, so that aside() removes its half of a file
     for stream in (sys.stdout, sys.stderr):  # for terminals that know fewer characters than the text has
         stream.reconfigure(errors="replace", line_buffering=True)
     try:
@@ -127,8 +127,6 @@ def cli(main):
 
 # Checkpoints: one file of plain data and tensors, with all that sampling and --resume need ---------------------------
 
-STATE = "step", "seconds", "best", "metrics", "text_hash", "optimizer", "scaler"  # ... and the model
-
 
 def read_checkpoint(path: Path) -> dict:
     """What is in the file, or in last.pt of the folder."""
@@ -146,13 +144,12 @@ def load_model(path: Path, **changes) -> tuple[MoEUT, Tokenizer, dict]:
     """The model of a checkpoint, its config changed where the weights allow it; its tokenizer; all that it holds."""
     stored = read_checkpoint(path)
     try:
-        Options(**stored["options"]), [stored[name] for name in STATE]  # or it is not whole
+        Options(**stored["options"])  # or it is of another program, or of another version of this one
         model = MoEUT(MoEUTConfig(**stored["config"] | changes))
         model.load_state_dict(stored["model"])
         return model, Tokenizer(stored["tokenizer"]), stored
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        reason = str(e).split("\n")[-1].strip()  # of several the last, or the sentence would be a page
-        sys.exit(f"{path} does not hold a model that fits ({reason}).")
+        sys.exit(f"{path} does not hold a model that fits ({str(e).splitlines()[-1].strip()}).")  # the last of reasons
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -177,8 +174,8 @@ def pick_device(name: str) -> torch.device:
         tensor = torch.zeros(1, device="cpu" if name == "auto" else name)
         tensor.item()  # which the meta device, for one, has not
         return tensor.device
-    except (RuntimeError, AssertionError):
-        sys.exit(f"There is no device {name!r} on this machine: --device=cpu always works.")
+    except (RuntimeError, AssertionError) as e:
+        sys.exit(f"--device={name} cannot be used ({str(e).splitlines()[0]:.80}): --device=cpu always works.")
 
 
 def learning_rate(step: int, o: Options) -> float:
@@ -196,9 +193,8 @@ def evaluate(model: MoEUT, data: np.ndarray, n_tokens: int, batch_size: int, aut
     starts = np.linspace(0, len(data) - T - 1, max(min(n_tokens, len(data) - 1) // T, 1)).astype(np.int64)
     model.eval()
     for some in np.array_split(starts, math.ceil(len(starts) / batch_size)):
-        x, y = batch(data, some, T, device)
         with autocast:
-            total += model(x, y).cross_entropy.item() * len(x)
+            total += model(*batch(data, some, T, device)).cross_entropy.item() * len(some)
     return total / len(starts)
 
 
@@ -240,14 +236,13 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.optimizer = torch.optim.AdamW(  # its learning rate is set by each step
             model.parameters(), betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
-        self.compiled = o.compile == "yes" or o.compile == "auto" and device.type == "cuda"
+        self.compiled = o.compile == "yes" or o.compile == "auto" and backend(device) == "Triton"
         self.run = torch.compile(model) if self.compiled else model
         if world > 1:
             self.run = torch.nn.parallel.DistributedDataParallel(self.run)
 
     def step(self, batches: list, lr: float) -> tuple[float, float, float]:
-        """One optimizer step on batches whose gradients add up: cross entropy, regulariser and gradient norm. It is
-        skipped if the norm is not finite."""
+        """A step on the mean gradient of the batches, skipped if its norm is not finite: cross entropy, reg, norm."""
         self.model.train()
         losses = 0.0
         for i, (x, y) in enumerate(batches):
@@ -272,28 +267,27 @@ def main():
     # One process trains on one device. torchrun starts more, which share the sequences of every step.
     rank, world = 0, 1
     if dist.is_torchelastic_launched():
-        both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gradients may be on GPUs, losses are not
-        dist.init_process_group(both, timeout=timedelta(days=1))  # which a long text may take
+        carriers = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # nccl for gradients on GPUs only
+        dist.init_process_group(carriers, timeout=timedelta(days=1))  # which a long text may take
         rank, world = dist.get_rank(), dist.get_world_size()
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # one process speaks
+        sys.stdout = open(os.devnull, "w", errors="replace")  # one process speaks
     torch.set_float32_matmul_precision("high")  # TF32 where there is nothing better
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on a CPU, and nobody misses them
 
     # Options: of the command line, else of the run that goes on, else of the preset's recipe
-    out, resume = Path(given.get("out", Options.out)), given.get("resume", False)
+    out, resume = Path(given.get("out", Options.out)).expanduser(), given.get("resume", False)
     model, tokenizer, stored = None, None, {}
     if resume or "init_from" in given:
         fixed = {"preset", "tokenizer"} | ({"init_from", "seed", "tokens_per_step", *changes} if resume else set())
-        if wrong := sorted(fixed & {*given, *changes}):
-            how = "resume" if resume else "init_from"
-            sys.exit(f"--{wrong[0]} cannot be given with --{how}: the checkpoint says it.")
-        model, tokenizer, stored = load_model(out if resume else Path(given["init_from"]), **changes)
+        if wrong := min(fixed & {*given, *changes}, default=""):
+            sys.exit(f"--{wrong} cannot be given with --{'resume' if resume else 'init_from'}: the checkpoint says it.")
+        model, tokenizer, stored = load_model(out if resume else Path(given["init_from"]).expanduser(), **changes)
     if not resume and (out / "last.pt").exists():
         sys.exit(f"{out} holds a run already: --resume goes on with it, another --out begins a new one.")
-    name = stored.get("options", given).get("preset", Options.preset)
-    o = Options(**(stored["options"] if resume else RECIPES.get(name, {}) | dict(preset=name)) | given)
-    o.data, device = tuple(map(os.path.abspath, o.data)), pick_device(o.device)
+    preset = stored.get("options", given).get("preset", Options.preset)
+    o = Options(**(stored["options"] if resume else RECIPES.get(preset, {}) | dict(preset=preset)) | given)
+    o.data, device = tuple(os.path.abspath(os.path.expanduser(p)) for p in o.data), pick_device(o.device)
     try:
         config = model.config if model else replace(PRESETS[o.preset], **changes)
     except ValueError as e:
@@ -304,18 +298,17 @@ def main():
     if rest or sequences % batch_size:
         sys.exit(f"--tokens_per_step is {o.tokens_per_step}: it must be a multiple of block_size x batch_size x "
                  f"processes = {T} x {o.batch_size} x {world} = {T * o.batch_size * world}.")
-    if resume and stored["step"] >= o.steps:
+    if resume and stored.get("step", 0) >= o.steps:
         sys.exit(f"The run in {out} has done its {stored['step']} steps: --steps=N with a larger N goes on.")
 
-    # Text: rank 0 writes the tokens, the others find them
-    if rank == 0:
-        tokenizer, *loaded = load_text(o.data, o.tokenizer, config.vocab_size, tokenizer)
-    if world > 1:
-        dist.broadcast_object_list(spec := [tokenizer and tokenizer.spec])
+    # Text: rank 0 writes the tokens, and tells the others its tokenizer when they can find them
     if rank > 0:
-        tokenizer, *loaded = load_text(o.data, o.tokenizer, config.vocab_size, Tokenizer(spec[0]))
-    data, val_data, bits, text_hash = loaded
-    if resume and stored["text_hash"] != text_hash:
+        dist.broadcast_object_list(spec := [None])
+        tokenizer = Tokenizer(spec[0])
+    tokenizer, data, val_data, bits, text_hash = load_text(o.data, o.tokenizer, config.vocab_size, tokenizer)
+    if rank == 0 and world > 1:
+        dist.broadcast_object_list([tokenizer.spec])
+    if resume and stored.get("text_hash", text_hash) != text_hash:
         sys.exit("The text is not what it was when the run began: --resume needs it, --init_from does not.")
     if min(len(data), len(val_data)) <= T:
         sys.exit(f"The text has {len(data)} tokens for training and {len(val_data)} for validation, a sequence {T + 1}:"
@@ -335,11 +328,11 @@ def main():
     if resume:
         try:
             trainer.optimizer.load_state_dict(stored["optimizer"])
+            if stored["scaler"]:
+                trainer.scaler.load_state_dict(stored["scaler"])
+            run = {k: stored[k] for k in run}
         except (KeyError, TypeError, ValueError):
             sys.exit(f"{out} does not hold an optimizer of this model: --init_from={out} takes the weights alone.")
-        if stored["scaler"]:
-            trainer.scaler.load_state_dict(stored["scaler"])
-        run = {k: stored[k] for k in run}
     run |= dict(text_hash=text_hash, options=asdict(o), config=asdict(config), tokenizer=tokenizer.spec)
     first_step, stored = run["step"] + 1, None  # whose memory is needed
 
@@ -351,7 +344,7 @@ def main():
           f"{str(trainer.dtype)[6:]}, {'' if trainer.compiled else 'not '}compiled, experts by {backend(device)}")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((world * 1e12 * PEAKS[part] for part in gpu.replace("-", " ").split() if part in PEAKS), None)
-    flops = 6 * (macs_per_token(config, T // 2) + config.n_embd * config.vocab_size)  # of a token, attention halved
+    flops = 6 * (macs_per_token(config, T // 2) + config.n_embd * config.vocab_size)  # causal: T // 2
     if rank == 0 and o.wandb:
         try:
             import wandb
@@ -370,8 +363,8 @@ def main():
         if o.wandb:
             wandb.log(numbers, step=step)
 
-    # Ctrl-C and SIGTERM end the loop after the step it is in. A second Ctrl-C leaves at once, except under torchrun,
-    # which hands on to its processes what the terminal has told them already.
+    # Ctrl-C and SIGTERM end the loop after the step it is in. A second Ctrl-C leaves at once, except under torchrun:
+    # there each process gets a single Ctrl-C twice, from the terminal and from torchrun.
     signals = []
 
     def on_signal(number, _):
@@ -382,11 +375,12 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    for left in out.glob("*.part"):  # of a run that was killed
+    for left in out.glob("*.*.[0-9]*.part"):  # of a run that was killed
         left.unlink(missing_ok=True)
-    clock, logged, skipped = time.time(), (run["step"], run["seconds"]), 0
+    logged, skipped = (run["step"], run["seconds"]), 0
     for step in range(first_step, o.steps + 1):
-        torch.manual_seed(o.seed + (step - 1) * world + rank)  # of dropout: alike in a resumed run, not in processes
+        started = time.perf_counter()
+        torch.manual_seed(o.seed + (step - 1) * world + rank)  # for dropout: resumed runs repeat it, processes differ
         lr, first = learning_rate(step - 1, o), ((step - 1) * world + rank) * sequences
         starts = window_starts(len(data), T, range(first, first + sequences), o.seed)
         batches = [batch(data, starts[i : i + batch_size], T, device) for i in range(0, sequences, batch_size)]
@@ -400,7 +394,7 @@ def main():
             dist.all_reduce(shared)  # so all processes leave the loop after the same step
         loss, reg, stop = (shared / world).tolist()
         done = step == o.steps
-        run["step"], run["seconds"], clock = step, run["seconds"] + time.time() - clock, time.time()
+        run["step"], run["seconds"] = step, run["seconds"] + time.perf_counter() - started
 
         if rank == 0 and (step % o.log_interval == 0 or step == first_step or done):
             rate = (step - logged[0]) * o.tokens_per_step / (run["seconds"] - logged[1])
@@ -426,7 +420,6 @@ def main():
             if o.sample_tokens and not stop:
                 ids = model.eval().generate(torch.tensor([[tokenizer.end]], device=device), o.sample_tokens, 0.8)
                 print("-" * 60, "".join(tokenizer.stream(i.item() for i in ids)), "-" * 60, sep="\n")
-            clock = time.time()  # seconds are those of training
         if stop:
             break
     if rank == 0 and not done:
