@@ -45,8 +45,9 @@ def bench(b: BenchOptions, rounds: int = 9):
              "MACs per token": [macs_per_token(model.config, c.block_size) for model in models]}
     for what, pair, repeats in ((f"step of {x.numel()} tokens, ms", steps, 1), ("decoding a token, ms", texts, 10)):
         times = np.zeros((rounds + 2, 2))
+        for model in models:
+            model.eval()  # for decoding; a training step leaves it by itself
         for i, j in np.ndindex(times.shape):  # in turn
-            models[j].eval()  # for decoding; a training step leaves it by itself
             start = time.perf_counter()
             for _ in range(repeats):
                 float(pair[j]()[0])

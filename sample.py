@@ -28,7 +28,7 @@ from train import Options, cli, load_model, option, parse, pick_device, read_che
 @dataclass
 class SampleOptions:
     out: str = option(Options.out, "folder of the run, or a checkpoint such as out/best.pt")
-    prompt: str = option("", "text to continue; by default a new document is begun")
+    prompt: str = option("", "text to continue; by default a new document is begun", read=str)
     prompt_file: str = option("", "file with the text to continue; - is standard input")
     n_samples: int = option(1, "how many continuations; they are generated together", 1, 4097)
     max_new_tokens: int = option(300, "length of a sample; the end-of-text token ends it earlier", 1)
@@ -46,7 +46,7 @@ class SampleOptions:
 
 def load(o: SampleOptions) -> tuple[MoEUT, Tokenizer]:
     """A checkpoint of train.py; or of the authors' training code; or a state dict of their clean repository."""
-    stored = read_checkpoint(path := Path(o.out).expanduser())
+    stored = read_checkpoint(path := Path(o.out))
     args = (stored.get("run_invariants") or {}).get("args", {})
     if not args and "embedding.weight" not in stored:
         if o.tokenizer or o.preset:
@@ -73,8 +73,8 @@ def read_prompt(o: SampleOptions) -> str:
         sys.exit("--prompt and --prompt_file are both given: give one of them.")
     try:
         if o.prompt_file:
-            with open(0 if o.prompt_file == "-" else Path(o.prompt_file).expanduser(), "rb") as file:
-                return file.read().decode() or sys.exit(f"--prompt_file: {o.prompt_file} is empty: give some text.")
+            with open(0 if o.prompt_file == "-" else o.prompt_file, encoding="utf-8", newline="") as file:
+                return file.read() or sys.exit(f"--prompt_file: {o.prompt_file} is empty: give some text to continue.")
         return o.prompt.encode(errors="surrogateescape").decode()
     except UnicodeDecodeError:
         sys.exit(f"The prompt{' in ' + o.prompt_file if o.prompt_file else ''} is not UTF-8 text.")

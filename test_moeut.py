@@ -716,10 +716,11 @@ def run(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def done(run, tmp_path_factory):
-    """A finished run in the folder out, trained once for all tests."""
+    """A finished run in the folder out, trained once for all tests; and its weights alone, as people share them."""
     if not (kept := tmp_path_factory.getbasetemp() / "finished").exists():
         run(train, *SMALL, f"--out={kept}")
     shutil.copytree(kept, "out")
+    torch.save({part: load()[part] for part in ("model", "config", "options", "tokenizer")}, "weights.pt")
 
 
 def load(out="out", name="last.pt"):
@@ -994,13 +995,14 @@ def test_help_compare_and_bench(run):
     stored = load("d")
     stored["options"]["preset"], stored["metrics"][0]["peak_mib"] = "gone", None  # as on Windows
     torch.save(stored, "d/last.pt")
-    assert {line.split()[0] for line in run(bench, "--compare", *"ad").out.splitlines()[2:]} == {"tiny", "gone"}
+    assert {line.split()[0] for line in run(bench, "--compare", "~/a", "d").out.splitlines()[2:]} == {"tiny", "gone"}
     run(train, "--resume", "--out=d", "--steps=7")
     table = run(bench, "--preset=tiny", "--batch_size=1").out
     assert len(re.findall(r"^.+[\d,.]+ +[\d,.]+ +\d+\.\d\d$", table, re.MULTILINE)) == 4
-    for script, *arguments in (train, "--help"), (sample, "--help"), (bench, "--help"), (train, "--data", "a.txt", ""):
-        with pytest.raises(SystemExit, match="^0$|^--data is empty.$"):
-            run(script, *arguments)
+    for said, *command in (("0", train, "--help"), ("0", sample, "--help"), ("0", bench, "--help"),
+                           ("--data is empty.", train, "--data", "a.txt", "")):
+        with pytest.raises(SystemExit, match=f"^{said}$"):
+            run(*command)
 
 
 # Sampling, experts, scores -------------------------------------------------------------------------------------------
@@ -1026,7 +1028,7 @@ def test_sample(run, done):
     assert "of which the newest 16 are read" in run(sample, f"--prompt={TEXT[:100]}").err
     assert sampled() == sampled("--seed=0") != sampled("--seed=1") != sampled("--seed=1", "--temperature=2")
     Path("prompt.txt").write_bytes("naïve\r\n 🙂".encode())
-    torch.save({part: load()[part] for part in ("model", "config", "options", "tokenizer")}, "weights.pt")
+    assert sampled("--prompt=~")[0] == "~"  # a path would begin with the home folder
     assert sampled("--prompt_file=~/prompt.txt", "--out=~/weights.pt") == sampled("--prompt=naïve\r\n 🙂")
     three = sampled("--prompt=12 ·", "--n_samples=3").split("\n" + "-" * 60 + "\n")
     assert len(set(three)) == 4 and three[3] == "" and all(text.startswith("12 ·") for text in three[:3])
@@ -1153,7 +1155,6 @@ def test_bad_input(start, case, run, done, monkeypatch):
         Path(f"{name}.txt").write_bytes(content)
     Path("half.pt").write_bytes(whole[: len(whole) // 2])
     torch.save(load() | {"optimizer": {}, "step": 5}, "foreign.pt")
-    torch.save({part: load()[part] for part in ("model", "config", "options", "tokenizer")}, "weights.pt")
     torch.save({"config": 1, "model": {}}, "other.pt")
     torch.save({"run_invariants": {"args": {"rope.base": 5e5}}}, "theirs.pt")
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -62,7 +62,7 @@ class SentencePiece(Tokenizer):
         try:
             from sentencepiece import SentencePieceProcessor
 
-            p = SentencePieceProcessor(model_proto=Path(path).expanduser().read_bytes())
+            p = SentencePieceProcessor(model_proto=Path(path).read_bytes())
         except (ImportError, RuntimeError):
             sys.exit(f"{path} is no SentencePiece model, or the package is missing: pip install -e '.[sentencepiece]'")
         text = [b"" if p.is_control(i) else p.id_to_piece(i).replace("\u2581", " ").encode() for i in range(len(p))]

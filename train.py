@@ -36,9 +36,10 @@ from text import Tokenizer, aside, batch, load_text, window_starts
 # Options and recipes: a dataclass is the command line, with the range of every number beside it ----------------------
 
 
-def option(default, help: str, low=-math.inf, below=math.inf, choices=None):
-    """A field of a dataclass, and what the command line accepts for it: low <= number < below, or one of choices."""
-    return field(default=default, metadata=dict(help=help, choices=choices, low=low, below=below))
+def option(default, help: str, low=-math.inf, below=math.inf, choices=None, read=os.path.expanduser):
+    """A field of a dataclass, and what the command line accepts for it: low <= number < below, or one of choices. Text
+    is read as a path is, because shells leave a ~ after = as it stands."""
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, below=below, read=read))
 
 
 @dataclass
@@ -88,9 +89,9 @@ def parse(doc: str, *classes) -> list[dict]:
     parser.error = lambda message: sys.exit(f"{message}; --help lists all options.")  # without the page of usage
     for f in [f for c in classes for f in fields(c)]:
         kind, about = type(f.default), {"help": "the model's, see MoEUTConfig", **f.metadata}
-        choices = about.get("choices")
-        how = dict(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
-        how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+")}.get(kind, how)
+        choices, read = about.get("choices"), about.get("read", str) if kind in (str, tuple) else kind
+        how = dict(type=read, choices=choices, metavar=None if choices else kind.__name__.upper())
+        how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+", type=read)}.get(kind, how)
         names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"}, reverse=True)
         parser.add_argument(*names, dest=f.name, help=about["help"] + f" ({f.default})" * bool(f.default), **how)
     given = vars(parser.parse_args())
@@ -276,18 +277,18 @@ def main():
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on a CPU, and nobody misses them
 
     # Options: of the command line, else of the run that goes on, else of the preset's recipe
-    out, resume = Path(given.get("out", Options.out)).expanduser(), given.get("resume", False)
+    out, resume = Path(given.get("out", Options.out)), given.get("resume", False)
     model, tokenizer, stored = None, None, {}
     if resume or "init_from" in given:
         fixed = {"preset", "tokenizer"} | ({"init_from", "seed", "tokens_per_step", *changes} if resume else set())
         if wrong := min(fixed & {*given, *changes}, default=""):
             sys.exit(f"--{wrong} cannot be given with --{'resume' if resume else 'init_from'}: the checkpoint says it.")
-        model, tokenizer, stored = load_model(out if resume else Path(given["init_from"]).expanduser(), **changes)
+        model, tokenizer, stored = load_model(out if resume else Path(given["init_from"]), **changes)
     if not resume and (out / "last.pt").exists():
         sys.exit(f"{out} holds a run already: --resume goes on with it, another --out begins a new one.")
     preset = stored.get("options", given).get("preset", Options.preset)
     o = Options(**(stored["options"] if resume else RECIPES.get(preset, {}) | dict(preset=preset)) | given)
-    o.data, device = tuple(os.path.abspath(os.path.expanduser(p)) for p in o.data), pick_device(o.device)
+    o.data, device = tuple(map(os.path.abspath, o.data)), pick_device(o.device)
     try:
         config = model.config if model else replace(PRESETS[o.preset], **changes)
     except ValueError as e:
@@ -298,7 +299,11 @@ def main():
     if rest or sequences % batch_size:
         sys.exit(f"--tokens_per_step is {o.tokens_per_step}: it must be a multiple of block_size x batch_size x "
                  f"processes = {T} x {o.batch_size} x {world} = {T * o.batch_size * world}.")
-    if resume and stored.get("step", 0) >= o.steps:
+    no_state = f"{out} does not hold an optimizer of this model: --init_from={out} takes the weights alone."
+    run = dict(step=0, seconds=0.0, best=math.inf, metrics=[])
+    if resume and not {*run, "text_hash", "optimizer", "scaler"} <= stored.keys():
+        sys.exit(no_state)
+    if resume and stored["step"] >= o.steps:
         sys.exit(f"The run in {out} has done its {stored['step']} steps: --steps=N with a larger N goes on.")
 
     # Text: rank 0 writes the tokens, and tells the others its tokenizer when they can find them
@@ -308,7 +313,7 @@ def main():
     tokenizer, data, val_data, bits, text_hash = load_text(o.data, o.tokenizer, config.vocab_size, tokenizer)
     if rank == 0 and world > 1:
         dist.broadcast_object_list([tokenizer.spec])
-    if resume and stored.get("text_hash", text_hash) != text_hash:
+    if resume and stored["text_hash"] != text_hash:
         sys.exit("The text is not what it was when the run began: --resume needs it, --init_from does not.")
     if min(len(data), len(val_data)) <= T:
         sys.exit(f"The text has {len(data)} tokens for training and {len(val_data)} for validation, a sequence {T + 1}:"
@@ -324,15 +329,14 @@ def main():
         torch.manual_seed(o.seed)
         model = MoEUT(replace(config, vocab_size=n if tokenizer.name == "bpe" else max(n, asked)))
     trainer, config = Trainer(model, o, device, world), model.config
-    run = dict(step=0, seconds=0.0, best=math.inf, metrics=[])
     if resume:
+        run = {k: stored[k] for k in run}
         try:
             trainer.optimizer.load_state_dict(stored["optimizer"])
-            if stored["scaler"]:
-                trainer.scaler.load_state_dict(stored["scaler"])
-            run = {k: stored[k] for k in run}
         except (KeyError, TypeError, ValueError):
-            sys.exit(f"{out} does not hold an optimizer of this model: --init_from={out} takes the weights alone.")
+            sys.exit(no_state)
+        if stored["scaler"]:
+            trainer.scaler.load_state_dict(stored["scaler"])
     run |= dict(text_hash=text_hash, options=asdict(o), config=asdict(config), tokenizer=tokenizer.spec)
     first_step, stored = run["step"] + 1, None  # whose memory is needed
 
