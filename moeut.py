@@ -337,9 +337,8 @@ class MoEUT(nn.Module):
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
             for weight, used in ((2 * self.config.att_reg, att), (self.config.ffn_reg, ffn)):
                 if used[0] is not None:
-                    p = torch.stack(used).mean(0)                                # [B, 2, H, A] or [B, E], sums to 1
-                    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # a p that has underflowed adds nothing
-                    total = total + weight * (p * log_p).sum(-1).mean()  # a mean of values and outputs, too: hence 2 *
+                    p = torch.stack(used).mean(0).clamp_min(1e-37)               # [B, 2, H, A] or [B, E], sums to 1
+                    total = total + weight * (p * p.log()).sum(-1).mean()  # also over values and outputs: hence 2 *
         return total
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
