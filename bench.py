@@ -27,7 +27,7 @@ class BenchOptions:
     batch_size: int = option(0, "sequences of a step; 0 takes those of the preset's recipe", 0)
     device: str = option("auto", "auto is cuda, or else cpu; also cuda:1, mps")
     dtype: str = option("auto", "precision of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
-    compile: str = option("auto", "torch.compile; auto is yes on CUDA", choices=("auto", "yes", "no"))
+    compile: str = option("auto", "torch.compile; auto is yes on CUDA with Triton", choices=("auto", "yes", "no"))
     compare: tuple = option((), "folders of finished runs: print their results side by side, and time nothing")
 
 
@@ -70,7 +70,7 @@ def compare(folders: list[str]):
             memory = max(m.get("peak_mib") or 0 for m in metrics)  # null on Windows
             result = [m["val_bits_per_byte"] for m in metrics if "val_loss" in m][-1], run["seconds"], memory
         except (KeyError, TypeError, ValueError, IndexError):
-            sys.exit(f"The run in {folder} has no evaluation yet: let it go on with --resume.")
+            sys.exit(f"{folder} holds no run that has been evaluated: --resume goes on with one.")
         text = "of hash " + "".join(f"{part % 2**64:016x}" for part in run["text_hash"])
         conditions = dict(text=text, step=run["step"], tokens_per_step=o.tokens_per_step, vocab_size=c.vocab_size)
         for k, v in conditions.items():

@@ -1,6 +1,6 @@
 """cvmm: conditional vector-matrix multiplication, the one operation behind every mixture of experts.
 
-A router has chosen an expert for each of M *slots*; slot s is one (token, choice) pair, numbered token by token. Every
+A router has chosen an expert for each of M *slots*; slot s is one choice of one token, numbered token by token. Every
 slot multiplies a row of x by the matrix of its expert and weights the result by its *gate*, the router's score:
 
     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]          for s = 0 .. M-1
@@ -52,7 +52,7 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
 
 INTERPRETED = triton and tl.constexpr(triton.knobs.runtime.interpret)  # in Python, also on a CPU: for tests
 jit = triton.jit if triton else lambda function: function
-force = None  # "PyTorch" | "Triton": tests compare the two
+force = None  # "PyTorch" | "Triton", where not the device decides: for tests, and for GPUs too old for the kernels
 
 
 def backend(device: torch.device) -> str:
@@ -64,8 +64,8 @@ def backend(device: torch.device) -> str:
 
 
 def definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int = 1, fan_out: int = 1, gate: Tensor | None = None):
-    """The operation, word for word: x [M / fan_in, I], w [E, I, O], expert [M], gate [M] -> [M / fan_out, O]. All else
-    is tested against it, and for the few slots of a decoded token nothing is faster on a CPU."""
+    """The operation, word for word, with both fans: x [M / fan_in, I], w [E, I, O], expert [M], gate [M] ->
+    [M / fan_out, O]. All else is tested against it; for the few slots of a decoded token a CPU knows nothing faster."""
     out = x.new_zeros(len(expert) // fan_out, w.shape[2], dtype=sum_dtype(x))
     gate = x.new_ones(len(expert)) if gate is None else gate.to(x.dtype)
     for s, e in enumerate(expert.tolist()):
@@ -82,7 +82,7 @@ def batched(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: int, gat
 
 def few(m: int, path: str) -> bool:
     """Whether m slots are so few that sorting costs more than it saves: those of a decoded token, without gradients."""
-    return m <= dict(PyTorch=16, Triton=64)[path] and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and m <= dict(PyTorch=16, Triton=64)[path]
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -109,7 +109,7 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 
     Args: expert, integers in [0, n_expert), of any shape, slots in token-major order.
     Raises TypeError for experts that are not integers; ValueError if n_expert does not fit 16 bits and, in cvmm, for a
-    choice that does not exist. With Triton nobody looks: what the token of such a slot gets is undefined, if anything.
+    choice that does not exist. With Triton nobody looks: its token gets any numbers, or the GPU stops the program.
     """
     if expert.is_floating_point() or expert.is_complex() or expert.dtype == torch.bool:
         raise TypeError(f"route: experts are numbers of dtype {expert.dtype}, but must be integers.")
@@ -136,7 +136,7 @@ def opaque(name: str, fake):
     def decorate(function):
         op = torch.library.custom_op(f"moeut::{name}", function, mutates_args=())
         op.register_fake(fake)
-        return functools.wraps(function)(lambda *args: (op if torch.compiler.is_compiling() else function)(*args))
+        return functools.wraps(function)(lambda *a, **k: (op if torch.compiler.is_compiling() else function)(*a, **k))
     return decorate
 
 
@@ -166,11 +166,11 @@ def multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, ro
     y = x.new_empty(len(x), w.shape[2])                                              # [M, O]
     for e, rows in experts(slot, offsets):
         torch.mm(x[rows], w[e], out=y[rows])
-    dots = x.new_empty(0 if other is None else len(y), dtype=sum_dtype(x))           # [M]
+    dots = x.new_empty(0, dtype=sum_dtype(x))
     if fan_out is None:
         return y, dots
     if other is not None:
-        dots[slot] = (y * gather(other, slot, fan_out).to(dots.dtype)).sum(1)
+        dots = (y * gather(other, slot, fan_out).to(dots.dtype)).sum(1)[row]         # [M]
     weights = None if gate is None else gate.view(-1, fan_out).to(dots.dtype)
     y = F.embedding_bag(row.view(-1, fan_out), y.to(dots.dtype), mode="sum", per_sample_weights=weights)
     return y.to(x.dtype), dots                                                       # [M / fan_out, O]
@@ -208,9 +208,8 @@ def multiply_dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: T
 #         dots[s] = <y[row[s]], other[t]>                                     for dgate only
 #         out[t] += gate[s] * y[row[s]]
 #
-# For dx, x is dout and other is x. There are no atomics: every number is written once, in a fixed order of summation,
-# so that two runs give the same bits. The price is to write M rows, and to read them for the sum. The fans are known to
-# the compiler, because it takes many instructions to divide by an unknown number.
+# For dx, x is dout and other is x. Without atomics every number is written once, summed in a fixed order: two runs give
+# equal bits, for the price of M rows in memory. Fans are constants, as to divide by an unknown number is slow.
 
 
 def tile_table(offsets: Tensor, m: int, n_expert: int) -> Tensor:
@@ -223,7 +222,7 @@ def tile_table(offsets: Tensor, m: int, n_expert: int) -> Tensor:
 
 
 def block_rows(m: int, n_expert: int) -> int:
-    """Rows of a tile: the mean rows of an expert, rounded up, from 16 to 128. Known without a look at the counts."""
+    """Rows of a tile: the mean rows of an expert, rounded up to 16, 32, 64 or 128. Known without the counts."""
     return next(size for size in (16, 32, 64, 128) if size >= min(m // n_expert, 128))
 
 
@@ -242,8 +241,7 @@ def rows_kernel(x, w, y, slot, offsets, tiles, n_in, n_out, stride_x, stride_we,
     source = tl.minimum(rows, end - 1)  # surplus rows repeat the last one and are not stored
     if fan_in is not None:
         source = tl.load(slot + source) // fan_in
-    inputs = tl.arange(0, BK)
-    cols = block * BN + tl.arange(0, BN)
+    inputs, cols = tl.arange(0, BK), block * BN + tl.arange(0, BN)
     x_block = x + source.to(tl.int64)[:, None] * stride_x + inputs[None, :]                                  # [BM, BK]
     w_block = w + expert * stride_we + inputs[:, None] * stride_wi + cols.to(tl.int64)[None, :] * stride_wo  # [BK, BN]
     y_rows = y + rows.to(tl.int64)[:, None] * n_out                                                          # [BM, 1]
@@ -326,14 +324,13 @@ def dw_kernel(x, dout, dw, slot, offsets, heaviest, n_in, n_out, stride_x, strid
     tl.store(dw + target, acc, mask=(inputs[:, None] < n_in) & (outputs[None, :] < n_out))
 
 
-# The last chooses experts. torch.topk, which is made for long rows, takes 2 to 20 times as long: it starts a block of
-# threads for every token, which reads the row again and again. Here a warp keeps rows in its registers, and top_k
-# times takes the largest number of each.
+# The last chooses experts. torch.topk, made for long rows, takes 2 to 20 times as long: a block of threads for every
+# token reads the row again and again. Here a warp keeps rows in registers, and takes the largest number top_k times.
 @jit
 def top_k_kernel(x, expert, n, n_expert, top_k, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     token, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64), tl.arange(0, WIDTH)
     inside = (token < n)[:, None] & (e < n_expert)[None, :]
-    bits = tl.load(x + token[:, None] * n_expert + e[None, :], mask=inside, other=-1)  # of floats, the smallest else
+    bits = tl.load(x + token[:, None] * n_expert + e[None, :], mask=inside, other=-1)  # floats, or the smallest
     key = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -(2**31) + 1)  # an integer, in the order of the floats
     for k in range(top_k):
         best = tl.min(tl.where(key == tl.max(key, 1)[:, None], e[None, :], WIDTH), 1)  # of equal ones the first
@@ -362,8 +359,7 @@ def aligned(t: Tensor) -> Tensor:
     if backend(t.device) != "Triton":
         return t
     pads = [end for size in reversed(t.shape[1:]) for end in (0, -size % 16)]
-    t = F.pad(t, pads) if any(pads) else t
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return F.pad(t, pads) if any(pads) else t if t.stride(-1) == 1 else t.contiguous()
 
 
 def triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out):
@@ -425,8 +421,8 @@ class _CVMM(torch.autograd.Function):
         gate_x = (None, None) if gate is None or fan_in is None else (gate, x.contiguous())
         dx, dgate = multiply(dout, aligned(w.to(x.dtype)).mT, *gate_x, row, slot, *rest, fan_out, fan_in)
         if gate is not None:
-            # In sight of torch.compile, which makes it one pass: the gates of dx, where no slots are summed, and those
-            # of dw, in its narrower operand. dw_kernel copies operands past the registers, and could not multiply them.
+            # Left to torch.compile to fuse: the gates of dx, where no slots are summed, and those of dw, in its
+            # narrower operand. dw_kernel copies operands past the registers, and could not multiply them.
             gates = gate[slot, None]  # [M, 1], in the order of rows
             if fan_in is None:
                 dgate = (dx * x.to(sum_dtype(x))).sum(1)[row]
@@ -447,7 +443,7 @@ def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_
     to E experts; gate, M numbers in the order of slots, 1 if left out.
     Returns [M / fan_out, O], or [M, O] in the order of rows if fan_out is left out, in the precision of the matmul:
     that of w or, under autocast, autocast's.
-    Raises ValueError when sizes or devices do not fit; TypeError for float64 on a GPU.
+    Raises ValueError when sizes or devices do not fit; TypeError for float64 in a kernel.
     """
     m, tensors = len(routing.expert), dict(x=x, w=w, routing=routing.expert) | ({} if gate is None else dict(gate=gate))
     fits = all(fan is None or fan >= 1 and m % fan == 0 for fan in (fan_in, fan_out)) and w.dim() == 3

@@ -21,7 +21,7 @@ Letters in the shape comments: those of the sizes are beside them in MoEUTConfig
 all N = B * T; S keys are attended to; P pairs of dimensions of a head are rotated.
 
 Attention and feedforward get two views of the residual stream s: they transform x, and their queries, keys and routers
-read n. They return y, and the usage of their experts, None if they have none.
+read n. They return y, and in training the usage of their experts, if they have any.
 
     layernorm        x          n          the next s
     peri             s          LN(s)      s + y
@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 # cvmm multiplies rows by the matrices of their chosen experts only. For each slot s, which is one choice by one token,
 #     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]     gate (1 if left out) and expert are flattened;
 # so fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert.
-# Without fan_in (None, which is not 1) row i of x is that of the i-th sorted slot; without fan_out, that of out.
+# Without fan_in (None, which is not 1) row i of x is for the i-th sorted slot; without fan_out, row i of out is.
 from cvmm import cvmm, route, top_k
 
 
@@ -266,7 +266,7 @@ class Layer(nn.Module):
         self.ffn = SigmaMoE(c) if c.ffn == "moe" else DenseFFN(c)
 
     def forward(self, s: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, tuple]:
-        """s [B, T, C] -> [B, T, C], and the usage of attention and of feedforward experts, or None."""
+        """s [B, T, C] -> [B, T, C], and the usage of attention and of feedforward experts (or None)."""
         s, att_usage = self.sublayer(s, self.ln1, self.attention, rotary, cache)
         s, ffn_usage = self.sublayer(s, self.ln2, self.ffn)
         return s, (att_usage, ffn_usage)
@@ -328,10 +328,10 @@ class MoEUT(nn.Module):
         return Output(logits, cross_entropy + reg, cross_entropy, reg)
 
     def regulariser(self, usage: list[list[tuple]]) -> Tensor:
-        """Without it a few experts could win every token, and the others would never learn. For each choice, one in a
-        feedforward and 2 H in an attention, p is the usage of its n experts by a sequence, averaged over the repeats of
-        the layer. The loss gets weight * (sum of p log p), from -log n, when all are used alike, to 0, when one takes
-        all: mean over batch and heads, sum over values, outputs and layers. usage[g]: of each repeat of layer g."""
+        """Without it a few experts could win every token, and the others never learn. p is the usage of the n experts
+        of a choice, one in a feedforward and 2 H in an attention, by a sequence, averaged over the repeats of the
+        layer. The loss gets weight * (sum of p log p), from -log n, if all are used alike, to 0, if one takes all: mean
+        over batch and heads, sum over values, outputs and layers. usage[g][i] is of repeat i of layer g."""
         total = torch.zeros((), device=self.lm_head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
@@ -352,8 +352,7 @@ class MoEUT(nn.Module):
         if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
             raise ValueError(f"temperature is {temperature}, top_k {top_k}, top_p {top_p}: temperature must be at least"
                              " 0, top_k at least 1, top_p above 0 and at most 1.")
-        if temperature == 0:
-            temperature, top_k = 1.0, 1
+        top_k = 1 if temperature == 0 else top_k
 
         @torch.inference_mode()
         def tokens(idx, window):
@@ -405,8 +404,8 @@ PRESETS = {name: MoEUTConfig(**sizes) for name, sizes in {
 
 
 def from_authors(state_dict: dict[str, Tensor], config: MoEUTConfig) -> MoEUT:
-    """A model with weights of github.com/RobertCsordas/moeut or .../moeut_training_code. Raises ValueError if names or
-    shapes do not fit. They do not tell n_layer, top_k, att_top_k, layernorm (nor, if n_att_expert is 1, n_head)."""
+    """A model with weights of github.com/RobertCsordas/moeut or .../moeut_training_code. Raises RuntimeError if names
+    or shapes do not fit. They do not tell n_layer, top_k, att_top_k, layernorm (nor, if n_att_expert is 1, n_head)."""
     model, parts, sel_o = MoEUT(config), {}, "router.w" if config.n_att_expert > 1 else "w_gate"
     for name, weight in sorted(state_dict.items(), reverse=True):  # so q comes before k, and sel_v before sel_o
         for theirs, ours in (
@@ -418,8 +417,5 @@ def from_authors(state_dict: dict[str, Tensor], config: MoEUTConfig) -> MoEUT:
             name = re.sub(theirs, ours, name)
         if not name.endswith((".iter", ".kv_sel_counts_100")):  # statistics
             parts.setdefault(name, []).append(weight)
-    try:
-        model.load_state_dict({name: torch.cat(weights) for name, weights in parts.items()})
-    except RuntimeError as e:  # whose last line says what is missing, too much, or of another shape
-        raise ValueError(f"The authors' weights do not fit the config: {str(e).splitlines()[-1].strip()}") from None
+    model.load_state_dict({name: torch.cat(weights) for name, weights in parts.items()})
     return model

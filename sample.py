@@ -61,8 +61,8 @@ def load(o: SampleOptions) -> tuple[MoEUT, Tokenizer]:
     try:
         weights = stored.get("model", stored)
         model = from_authors(weights, replace(PRESETS[o.preset], vocab_size=len(weights["embedding.weight"])))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        sys.exit(f"{path}: {e}")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        sys.exit(f"{path} does not fit --preset={o.preset} ({str(e).splitlines()[-1].strip()}).")
     if (tokenizer := SentencePiece(o.tokenizer)).n_vocab != model.config.vocab_size:
         sys.exit(f"{path} knows {model.config.vocab_size} tokens and {o.tokenizer} has {tokenizer.n_vocab}.")
     return model, tokenizer
@@ -126,7 +126,8 @@ def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
         p = counts.sum(0) / counts.sum((0, 2))[:, None]                          # [choices, n]
         evenness = (torch.special.entr(p).sum(-1) / math.log(n)).mean()
         same = (expert[1:, ..., None] == expert[:-1, ..., None, :]).any(-1).float().mean()
-        print(f"{name:32} {(p > 0).float().mean():6.0%} {evenness:16.2f} {same:27.0%}")
+        kept = f"{same:.0%}" if len(repeats) > 1 else "-"
+        print(f"{name:32} {(p > 0).float().mean():6.0%} {evenness:16.2f} {kept:>27}")
 
 
 def log_likelihoods(model: MoEUT, pairs: list, batch_tokens: int = 8192) -> list[tuple[float, bool]]:

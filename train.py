@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cvmm import backend
+import cvmm
 from moeut import PRESETS, MoEUT, MoEUTConfig
 from text import Tokenizer, aside, batch, load_text, window_starts
 
@@ -174,6 +174,8 @@ def pick_device(name: str) -> torch.device:
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun says which
         tensor = torch.zeros(1, device="cpu" if name == "auto" else name)
         tensor.item()  # which the meta device, for one, has not
+        if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            cvmm.force = "PyTorch"  # the kernels ask for more shared memory than, for one, a T4 has
         return tensor.device
     except (RuntimeError, AssertionError) as e:
         sys.exit(f"--device={name} cannot be used ({str(e).splitlines()[0]:.80}): --device=cpu always works.")
@@ -237,7 +239,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.optimizer = torch.optim.AdamW(  # its learning rate is set by each step
             model.parameters(), betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
-        self.compiled = o.compile == "yes" or o.compile == "auto" and backend(device) == "Triton"
+        self.compiled = o.compile == "yes" or o.compile == "auto" and cvmm.backend(device) == "Triton"
         self.run = torch.compile(model) if self.compiled else model
         if world > 1:
             self.run = torch.nn.parallel.DistributedDataParallel(self.run)
@@ -283,7 +285,7 @@ def main():
         fixed = {"preset", "tokenizer"} | ({"init_from", "seed", "tokens_per_step", *changes} if resume else set())
         if wrong := min(fixed & {*given, *changes}, default=""):
             sys.exit(f"--{wrong} cannot be given with --{'resume' if resume else 'init_from'}: the checkpoint says it.")
-        model, tokenizer, stored = load_model(out if resume else Path(given["init_from"]), **changes)
+        model, tokenizer, stored = load_model(out / "last.pt" if resume else Path(given["init_from"]), **changes)
     if not resume and (out / "last.pt").exists():
         sys.exit(f"{out} holds a run already: --resume goes on with it, another --out begins a new one.")
     preset = stored.get("options", given).get("preset", Options.preset)
@@ -297,8 +299,8 @@ def main():
     sequences, rest = divmod(o.tokens_per_step, T * world)  # of a step, for each process
     batch_size = min(o.batch_size, sequences)
     if rest or sequences % batch_size:
-        sys.exit(f"--tokens_per_step is {o.tokens_per_step}: it must be a multiple of block_size x batch_size x "
-                 f"processes = {T} x {o.batch_size} x {world} = {T * o.batch_size * world}.")
+        sys.exit(f"--tokens_per_step is {o.tokens_per_step}: it must be block_size x processes = {T * world} times "
+                 f"a number up to batch_size = {o.batch_size}, or times a multiple of that.")
     no_state = f"{out} does not hold an optimizer of this model: --init_from={out} takes the weights alone."
     run = dict(step=0, seconds=0.0, best=math.inf, metrics=[])
     if resume and not {*run, "text_hash", "optimizer", "scaler"} <= stored.keys():
@@ -318,6 +320,8 @@ def main():
     if min(len(data), len(val_data)) <= T:
         sys.exit(f"The text has {len(data)} tokens for training and {len(val_data)} for validation, a sequence {T + 1}:"
                  " give more text, or a smaller --block_size.")
+
+    out.mkdir(parents=True, exist_ok=True)  # or it is said now that this cannot be
 
     # Model: with the tokenizer's vocabulary, or with a larger one that was asked for
     if not model:
@@ -342,10 +346,10 @@ def main():
 
     print("model:", *(f"--{k}={v}" for k, v in asdict(config).items()))
     shown = asdict(o) | dict(data=" ".join(o.data))
-    print("options:", *(f"--{k}={v}" for k, v in shown.items() if v != "" and v is not False))
+    print("options:", *(f"--{k}" + f"={v}" * (v is not True) for k, v in shown.items() if v != "" and v is not False))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {macs_per_token(config, T):,} MACs per token; "
           f"{len(data) / 1e6:.2f}M tokens to train on, {len(val_data) / 1e6:.2f}M for validation; {world} x {device}, "
-          f"{str(trainer.dtype)[6:]}, {'' if trainer.compiled else 'not '}compiled, experts by {backend(device)}")
+          f"{str(trainer.dtype)[6:]}, {'' if trainer.compiled else 'not '}compiled, experts by {cvmm.backend(device)}")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((world * 1e12 * PEAKS[part] for part in gpu.replace("-", " ").split() if part in PEAKS), None)
     flops = 6 * (macs_per_token(config, T // 2) + config.n_embd * config.vocab_size)  # causal: T // 2
