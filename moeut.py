@@ -163,7 +163,7 @@ def rotary_table(head_size: int, n: int, device=None) -> Tensor:
     """cos and sin [2, n, 1, 1, P] for positions 0..n-1. Pairs of dimensions of q and k are turned by an angle
     that grows with the position, so that their product depends on the distance only."""
     P = head_size // 4  # half of the dimensions of a head are rotated, in pairs
-    frequency = 10000 ** -(torch.arange(P, device=device) / P)                           # [P]
+    frequency = 10000 ** -(torch.arange(P, device=device).float() / P)                   # [P]
     angle = torch.arange(n, device=device).view(-1, 1, 1, 1) * frequency                 # [n, 1, 1, P]
     return torch.stack((angle.cos(), angle.sin()))
 
@@ -193,7 +193,7 @@ def attend(qk: Tensor, v: Tensor, rotary, cache: LayerCache | None) -> Tensor:
         cache.k, cache.v, cache.length = k, v, k.shape[2]
     T, S = q.shape[2], k.shape[2]  # a single query sees all keys, and for T = S there is is_causal, which is faster
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
-    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=True if 1 < T == S else False)  # no SymBool
     return a.transpose(1, 2)                                                             # [B, T, H, D]
 
 
@@ -366,7 +366,7 @@ class MoEUT(nn.Module):
                 if top_k is not None:
                     p[:, top_k:] = 0
                 if top_p is not None:
-                    p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0
+                    p[p.cumsum(-1) - p >= max(top_p, 1e-37) * p.sum(-1, keepdim=True)] = 0
                 new = token.gather(-1, p.multinomial(1, generator=generator))            # [B, 1]
                 idx = torch.cat((idx, new), dim=1)[:, -window:]
                 yield new.squeeze(1)

@@ -5,6 +5,7 @@ and every gradient. From top to bottom: the equations of the paper; sharing, cac
 routing; the kernels; text, training and resuming; what is said about bad input. No time is measured.
 """
 
+import io
 import itertools
 import json
 import math
@@ -332,6 +333,15 @@ def test_compile(compiler, name, training):
             close(loss_and_grads(model, compiled, idx), loss_and_grads(model, model, idx))
 
 
+def test_compiling_for_other_shapes():
+    """One graph again, with symbols for B and T."""
+    torch.compiler.reset()
+    model = MoEUT(tiny(n_layer=1, group_size=1)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for idx in (tokens(4, 16), tokens(2, 9)):
+        close([compiled(idx).logits], [model(idx).logits])
+
+
 def test_compiling_casts_each_weight_once():
     """Not once per repeat: two of each layer here. And no cosine: they are in a table."""
     torch.compiler.reset()
@@ -363,7 +373,11 @@ def test_bytes_saved_for_backward(compiled):
 
 
 def test_routing_is_in_float32_under_autocast_and_in_float64_in_such_a_model():
-    """The cut is between numbers that fewer bits cannot tell apart."""
+    """The cut is between numbers that fewer bits cannot tell apart. So are positions, whatever the default dtype."""
+    torch.set_default_dtype(torch.bfloat16)
+    low = rotary_table(10, 999)
+    torch.set_default_dtype(torch.float32)
+    assert torch.equal(low, rotary_table(10, 999))
     router, n = Router(tiny(), 6, 1), torch.ones(1, 1, 20)
     for given, dtype, more in ((torch.bfloat16, torch.float32, 1e-3), (torch.float64, torch.float64, 1e-9)):
         router.to(dtype).w.data.fill_(1)
@@ -397,6 +411,7 @@ def test_generate(length, n):
     (dict(temperature=0.5), [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
     (dict(top_k=2), [0, 4 / 7, 0, 3 / 7]), (dict(top_p=0.65), [0, 4 / 7, 0, 3 / 7]),
     (dict(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9]), (dict(temperature=1e-320), [0.0, 1, 0, 0]),
+    (dict(top_p=1e-320), [0.0, 1, 0, 0]),
     (dict(top_k=3, top_p=0.72), [0, 4 / 7, 0, 3 / 7])], ids=str)  # top_p of what top_k left: 4/9 + 3/9
 def test_sampling_distribution(options, expected):
     model = MoEUT(tiny(**TRANSFORMER, vocab_size=4, n_layer=1, group_size=1)).eval()
@@ -912,17 +927,21 @@ def test_resume_changes_no_bit(number, dtype, other, run):
     assert load()["step"] == 1 and load()["config"]["n_layer"] == 3
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device", "out/last.pt"), RuntimeError("of torch")])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device", "out/best.pt"), RuntimeError("of torch")])
 def test_a_full_disk_keeps_the_last_checkpoint(failure, run, done, monkeypatch):
-    """And no half of another. What a run that was killed has left goes when the run goes on, and nothing else."""
+    """And no half of another. What a run that was killed has left goes when the run goes on, and nothing else. A file
+    that may not be read is not called damaged."""
     def full(_, file):
         file.write(b"half of it")
         raise failure
 
     before = Path("out/last.pt").read_bytes()
-    with mock.patch("torch.save", full), pytest.raises(SystemExit, match="^out/last.pt.*(No space|disk full).*$"):
+    with mock.patch("torch.save", full), pytest.raises(SystemExit, match="^out/best.pt.*(No space|disk full).*$"):
         run(train, "--resume", "--steps=9")
     assert Path("out/last.pt").read_bytes() == before and not list(Path("out").glob("*.part"))
+    denied = PermissionError(13, "Permission denied", "out/last.pt")
+    with mock.patch("torch.load", side_effect=denied), pytest.raises(SystemExit, match="^out/last.pt: Permission"):
+        run(train, "--resume", "--steps=9")
     Path("out/last.pt.1.part").touch(), Path("out/film.mkv.part").touch()
     monkeypatch.chdir("out")  # the text is found from anywhere
     run(train, "--resume", "--steps=9", "--out=.")
@@ -1043,6 +1062,9 @@ def test_sample(run, done):
     assert sampled("--prompt_file=~/prompt.txt", "--out=~/weights") == sampled("--prompt=naïve\r\n 🙂")
     three = sampled("--prompt=12 ·", "--n_samples=3").split("\n" + "-" * 60 + "\n")
     assert len(set(three)) == 4 and three[3] == "" and all(text.startswith("12 ·") for text in three[:3])
+    with mock.patch("sys.stdout", io.StringIO()) as notebook:
+        sampled("--seed=1")
+    assert notebook.getvalue() == sampled("--seed=1")
     set_end(1e9)
     ended = run(sample, "--n_samples=2", "--prompt=1")
     assert ended.out == ("1\n" + "-" * 60 + "\n") * 2 and re.fullmatch("2 tokens in .* tokens/s on cpu\n", ended.err)

@@ -173,7 +173,8 @@ def load_text(patterns, name: str, vocab_size: int, tokenizer: Tokenizer | None)
         tokenizer = Tokenizer(make_spec(name, itertools.islice(train, 200), vocab_size))  # a piece: up to 1 MB
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     key = repr([tokenizer.spec, [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]]).encode()
-    path = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache", "moeut", hashlib.sha256(key).hexdigest()[:24])
+    cache = os.getenv("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(cache, "moeut", hashlib.sha256(key).hexdigest()[:24])
     try:
         return tokenizer, *read_tokens(path, dtype)
     except (OSError, ValueError):  # not there, or damaged

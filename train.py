@@ -109,7 +109,8 @@ def cli(main):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raises, so that aside() removes its half of a file
     for stream in (sys.stdout, sys.stderr):  # for terminals that know fewer characters than the text has
-        stream.reconfigure(errors="replace", line_buffering=True)
+        if hasattr(stream, "reconfigure"):  # that of a notebook has not
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:  # there is nothing to save; and the interpreter, in its shutdown, might abort
@@ -137,6 +138,8 @@ def read_checkpoint(path: Path) -> dict:
     try:
         with torch.serialization.safe_globals([(dict, "framework.data_structures.dotdict.DotDict")]):  # of the authors
             return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError:  # such as one that may not be read: not the file's fault
+        raise
     except Exception:  # whatever a foreign file may raise
         sys.exit(f"{path} is not a checkpoint, or it is damaged.")
 
@@ -308,6 +311,9 @@ def main():
     if resume and stored["step"] >= o.steps:
         sys.exit(f"The run in {out} has done its {stored['step']} steps: --steps=N with a larger N goes on.")
 
+    for left in out.glob("*.*.[0-9]*.part"):  # of a run that was killed
+        left.unlink(missing_ok=True)
+
     # Text: rank 0 writes the tokens, and tells the others its tokenizer when they can find them
     if rank > 0:
         dist.broadcast_object_list(spec := [None])
@@ -383,8 +389,6 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    for left in out.glob("*.*.[0-9]*.part"):  # of a run that was killed
-        left.unlink(missing_ok=True)
     logged, skipped = (run["step"], run["seconds"]), 0
     for step in range(first_step, o.steps + 1):
         started = time.perf_counter()
@@ -417,7 +421,7 @@ def main():
                 loss = evaluate(model, val_data, o.eval_tokens * (8 if done else 1), batch_size, trainer.autocast)
                 log(val_loss=loss, val_bits_per_byte=loss * bits[1])
                 if loss < run["best"]:
-                    files, run["best"] = ["last.pt", "best.pt"], loss
+                    files, run["best"] = ["best.pt", "last.pt"], loss  # in this order: a kill may come between
             if not math.isfinite(loss):
                 sys.exit(f"The loss is not a number at step {step}: try a smaller --lr. What was saved before is kept.")
             for name in files:
