@@ -193,7 +193,7 @@ def attend(qk: Tensor, v: Tensor, rotary, cache: LayerCache | None) -> Tensor:
         cache.k, cache.v, cache.length = k, v, k.shape[2]
     T, S = q.shape[2], k.shape[2]  # a single query sees all keys, and for T = S there is is_causal, which is faster
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
-    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=True if 1 < T == S else False)  # no SymBool
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=True if 1 < T == S else False)  # a real bool
     return a.transpose(1, 2)                                                             # [B, T, H, D]
 
 
@@ -337,7 +337,7 @@ class MoEUT(nn.Module):
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
             for weight, used in ((2 * self.config.att_reg, att), (self.config.ffn_reg, ffn)):
                 if used[0] is not None:
-                    p = torch.stack(used).mean(0).clamp_min(1e-37)               # [B, 2, H, A] or [B, E], sums to 1
+                    p = torch.stack(used).mean(0).clamp_min(1e-37)  # [B, 2, H, A] or [B, E], sums to 1; 0 log 0 is nan
                     total = total + weight * (p * p.log()).sum(-1).mean()  # also over values and outputs: hence 2 *
         return total
 
