@@ -43,16 +43,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Triton takes 0.2 s to import and has no wheels for macOS and Windows: it is imported only where it is needed.
+# Triton takes 0.2 s to import and has no wheels for macOS and Windows: it is imported only where it is needed. A GPU
+# before Ampere, such as a T4, has too little shared memory for the kernels.
 triton = None
-if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
+if "TRITON_INTERPRET" in os.environ or torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
     with contextlib.suppress(ImportError):
         import triton
         import triton.language as tl
 
 INTERPRETED = triton and tl.constexpr(triton.knobs.runtime.interpret)  # in Python, also on a CPU: for tests
 jit = triton.jit if triton else lambda function: function
-force = None  # "PyTorch" | "Triton", where not the device decides: for tests, and for GPUs too old for the kernels
+force = None  # "PyTorch" | "Triton", in tests
 
 
 def backend(device: torch.device) -> str:

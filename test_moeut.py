@@ -867,15 +867,24 @@ def test_learning_rate_and_recipes():
         assert (o.steps, o.tokens_per_step, o.warmup, o.grad_clip) == (100_000, 65_536, warmup, grad_clip)
 
 
-@pytest.mark.parametrize("capability, force", [((7, 5), "PyTorch"), ((8, 0), None)], ids=["T4", "A100"])
-def test_devices(capability, force, monkeypatch):
-    """torchrun gives each process a GPU. On one that is too old for the kernels experts are PyTorch's."""
+def test_devices(monkeypatch):
+    """torchrun gives each process a GPU."""
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(cvmm, "force", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", {"cuda:1": capability}.get)
-    monkeypatch.setattr(torch, "zeros", lambda _, device: mock.Mock(device=device, is_cuda=device != "cpu"))
-    assert [*map(train.pick_device, ("cpu", "auto", "cuda"))] == ["cpu", "cuda:1", "cuda:1"] and cvmm.force == force
+    monkeypatch.setattr(torch, "zeros", lambda _, device: mock.Mock(device=device))
+    assert [*map(train.pick_device, ("cpu", "auto", "cuda"))] == ["cpu", "cuda:1", "cuda:1"]
+
+
+@needs_triton
+@pytest.mark.parametrize("capability, path", [((7, 5), "PyTorch"), ((8, 0), "Triton")], ids=["T4", "A100"])
+def test_gpus_too_old_for_the_kernels(capability, path):
+    code = f"""if True:
+        import torch
+        torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: {capability}
+        import cvmm
+        assert cvmm.backend(torch.device("cuda")) == "{path}" """
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=Path(cvmm.__file__).parent)
 
 
 def test_train_then_sample(run):

@@ -177,8 +177,6 @@ def pick_device(name: str) -> torch.device:
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun says which
         tensor = torch.zeros(1, device="cpu" if name == "auto" else name)
         tensor.item()  # which the meta device, for one, has not
-        if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-            cvmm.force = "PyTorch"  # the kernels ask for more shared memory than, for one, a T4 has
         return tensor.device
     except (RuntimeError, AssertionError) as e:
         sys.exit(f"--device={name} cannot be used ({str(e).splitlines()[0]:.80}): --device=cpu always works.")
