@@ -109,21 +109,17 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     """Sort the slots by expert; for Triton without a host synchronisation.
 
     Args: expert, integers in [0, n_expert), of any shape, slots in token-major order.
-    Raises TypeError for experts that are not integers; ValueError if n_expert does not fit 16 bits and, in cvmm, for a
-    choice that does not exist. With Triton nobody looks: its token gets any numbers, or the GPU stops the program.
+    Raises TypeError for experts that are not integers and, in cvmm, ValueError for one that does not exist. With Triton
+    nobody looks: its token gets any numbers, or the GPU stops the program.
     """
     if expert.is_floating_point() or expert.is_complex() or expert.dtype == torch.bool:
         raise TypeError(f"route: experts are numbers of dtype {expert.dtype}, but must be integers.")
-    if not 1 <= n_expert < 2**15:
-        raise ValueError(f"route: n_expert is {n_expert}: it must be at least 1, and below 32768 to fit 16 bits.")
     expert, path = expert.flatten().long(), backend(expert.device)
     if few(len(expert), path) and (path == "Triton" or all(0 <= e < n_expert for e in expert.tolist())):
         return Routing(expert, n_expert)  # else, if there is no such expert, `experts` raises
-    # Stable, so that sums have a fixed order and the slots of an expert ascend. In 16 bits, as a GPU sorts bit by bit;
-    # clamped first, as otherwise an expert that does not exist could become one that does.
-    ids, slot = expert.clamp(-1, n_expert).short().sort(stable=True)             # [M] both
+    ids, slot = expert.sort(stable=True)  # so that sums have a fixed order      [M] both
     row = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(slot), device=slot.device))  # [M]
-    offsets = torch.searchsorted(ids, torch.arange(n_expert + 1, device=ids.device, dtype=ids.dtype))
+    offsets = torch.searchsorted(ids, torch.arange(n_expert + 1, device=ids.device))
     tiles = tile_table(offsets, len(slot), n_expert).int() if path == "Triton" else None
     return Routing(expert, n_expert, row.int(), slot.int(), offsets.int(), tiles)
 

@@ -85,8 +85,6 @@ class MoEUTConfig:
                 ok = type(value) in (int, f.type) and low <= value < below
                 check(f.name, ok, f"{f.type.__name__}, at least {low} and below {below}")
         check("top_k", self.top_k <= self.n_expert, f"at most n_expert = {self.n_expert}")
-        check("n_expert", self.n_expert < 2**15, "below 32768")  # cvmm sorts them in 16 bits
-        check("n_att_expert", self.n_head * self.n_att_expert < 2**15, f"below 32768 / {self.n_head} heads")
         check("att_top_k", self.att_top_k <= self.n_att_expert, f"at most n_att_expert = {self.n_att_expert}")
         check("n_layer", self.n_layer % self.group_size == 0, f"a multiple of group_size = {self.group_size}")
         check("head_size", self.head_size >= 4, "at least 4, of which 2 are rotated")
