@@ -150,13 +150,17 @@ def experts(slot: Tensor, offsets: Tensor):
     return enumerate(map(slice, ends, ends[1:]))
 
 
-@opaque("cvmm", lambda x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out: (
-    x.new_empty(slot.shape[0] // (fan_out or 1), w.shape[2]),
+@opaque("cvmm", lambda x, w, transposed, gate, other, row, slot, offsets, tiles, fan_in, fan_out: (
+    x.new_empty(slot.shape[0] // (fan_out or 1), aligned(w).shape[1 if transposed else 2]),
     x.new_empty(0 if other is None else slot.shape[0], dtype=sum_dtype(x))))
-def multiply(x: Tensor, w: Tensor, gate: Tensor | None, other: Tensor | None, row: Tensor, slot: Tensor,
-             offsets: Tensor, tiles: Tensor | None, fan_in: int | None, fan_out: int | None) -> tuple[Tensor, Tensor]:
-    """The operation: [M / fan_out, O]; and, for dgate, the dot products [M] of what each slot gives, before its gate,
-    with its row of other [M / fan_out, O]; [0] without other. Gate and other come only where slots are summed."""
+def multiply(x: Tensor, w: Tensor, transposed: bool, gate: Tensor | None, other: Tensor | None, row: Tensor,
+             slot: Tensor, offsets: Tensor, tiles: Tensor | None, fan_in: int | None, fan_out: int | None,
+             ) -> tuple[Tensor, Tensor]:
+    """The operation, by the matrices of w or their transposes: [M / fan_out, O]; and, for dgate, the dot products [M]
+    of what each slot gives, before its gate, with its row of other [M / fan_out, O]; [0] without other. Gate and other
+    come only where slots are summed."""
+    w = aligned(w.to(x.dtype))  # here, as torch.compile would keep such a copy for backward, one for each repeat
+    w = w.mT if transposed else w
     if tiles is not None:
         return triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out)
     x = gather(x, slot, fan_in)                                                      # [M, I]
@@ -402,21 +406,21 @@ def top_k(x: Tensor, k: int) -> Tensor:
 
 
 class _CVMM(torch.autograd.Function):
-    """Casts and pads w like x, forward and backward, and saves w itself: the repeats of a layer keep no copies, and
-    their gradients add up in float32. torch.compile merges the casts of all repeats into one. Gates need a fan_out."""
+    """Saves w itself, which is cast to the precision of x forward and backward: the repeats of a layer keep no copies,
+    and their gradients add up in float32. Gates need a fan_out."""
 
     @staticmethod
     def forward(ctx, x, w, gate, fan_in, fan_out, *routing):
         ctx.save_for_backward(x, w, gate, *routing)
         ctx.fans = fan_in, fan_out
-        return multiply(x, aligned(w.to(x.dtype)), gate, None, *routing, fan_in, fan_out)[0]
+        return multiply(x, w, False, gate, None, *routing, fan_in, fan_out)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         (x, w, gate, row, slot, *rest), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
         gate_x = (None, None) if gate is None or fan_in is None else (gate, x.contiguous())
-        dx, dgate = multiply(dout, aligned(w.to(x.dtype)).mT, *gate_x, row, slot, *rest, fan_out, fan_in)
+        dx, dgate = multiply(dout, w, True, *gate_x, row, slot, *rest, fan_out, fan_in)
         if gate is not None:
             # Left to torch.compile to fuse: the gates of dx, where no slots are summed, and those of dw, in its
             # narrower operand. dw_kernel copies operands past the registers, and could not multiply them.

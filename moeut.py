@@ -302,6 +302,9 @@ class MoEUT(nn.Module):
     def new_cache(self) -> list[LayerCache]:
         return [LayerCache() for _ in range(self.config.n_layer)]
 
+    # torch.compile takes what is called here piece by piece, so that a layer is compiled once for all its repeats, and
+    # its weight gradients are added up one by one: one graph would unroll the loop, and keep those of all repeats.
+    @torch.compiler.disable(recursive=False)
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: list[LayerCache] | None = None) -> Output:
         """idx, targets [B, T] of token ids; a target of -1 is ignored. With a cache, idx continues the tokens in it.
         Any length works; positions beyond block_size were never trained. Raises ValueError for other shapes."""
@@ -319,11 +322,14 @@ class MoEUT(nn.Module):
             layer, args = self.layers[g], (s, rotary, cache and cache[i])
             s, used = checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
             usage[g].append(used)
-        logits, reg = self.lm_head(self.ln(s)), self.regulariser(usage)                  # [B, T, V], []
+        (logits, cross_entropy), reg = self.head(s, targets), self.regulariser(usage)    # [B, T, V], [], []
+        return Output(logits, None if targets is None else cross_entropy + reg, cross_entropy, reg)
+
+    def head(self, s: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        logits = self.lm_head(self.ln(s))                                                # [B, T, V]
         if targets is None:
-            return Output(logits, None, None, reg)
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return Output(logits, cross_entropy + reg, cross_entropy, reg)
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     def regulariser(self, usage: list[list[tuple]]) -> Tensor:
         """Without it a few experts could win every token, and the others never learn. p is the usage of the n experts
