@@ -157,12 +157,12 @@ class DenseFFN(nn.Module):
         return F.linear(h, self.w_down, self.b_down), None                               # [B, T, C]
 
 
-def rotary_table(head_size: int, n: int, device=None) -> Tensor:
-    """cos and sin [2, n, 1, 1, P] for positions 0..n-1. Pairs of dimensions of q and k are turned by an angle
-    that grows with the position, so that their product depends on the distance only."""
+def rotary_table(head_size: int, start: int, stop: int, device=None) -> Tensor:
+    """cos and sin [2, T, 1, 1, P] for the T positions from start to stop - 1. Pairs of dimensions of q and k are turned
+    by an angle that grows with the position, so that their product depends on the distance only."""
     P = head_size // 4  # half of the dimensions of a head are rotated, in pairs
     frequency = 10000 ** -(torch.arange(P, device=device).float() / P)                   # [P]
-    angle = torch.arange(n, device=device).view(-1, 1, 1, 1) * frequency                 # [n, 1, 1, P]
+    angle = torch.arange(start, stop, device=device).view(-1, 1, 1, 1) * frequency       # [T, 1, 1, P]
     return torch.stack((angle.cos(), angle.sin()))
 
 
@@ -296,8 +296,6 @@ class MoEUT(nn.Module):
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.group_size))
         self.ln = nn.Identity() if c.layernorm == "post" else nn.LayerNorm(c.n_embd)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size)  # with a bias, not tied to the embedding
-        # Made here, as torch.compile would compute these cosines in forward, anew for every head and dimension
-        self.register_buffer("rotary", rotary_table(c.head_size, c.block_size), persistent=False)
 
     def new_cache(self) -> list[LayerCache]:
         return [LayerCache() for _ in range(self.config.n_layer)]
@@ -312,24 +310,21 @@ class MoEUT(nn.Module):
             shapes = [tuple(t.shape) for t in (idx, targets) if t is not None]
             raise ValueError(f"idx, targets have shapes {shapes}: they must be [B, T] both, with at least one token.")
         c, start = self.config, cache[0].length if cache else 0
-        stop = start + idx.shape[1]
-        table = self.rotary if stop <= c.block_size else rotary_table(c.head_size, stop, idx.device)
-        rotary = table[:, start:stop]                                                    # [2, T, 1, 1, P]
-
+        rotary = rotary_table(c.head_size, start, start + idx.shape[1], idx.device)      # [2, T, 1, 1, P]
         s, usage = self.embedding(idx), [[] for _ in self.layers]                        # [B, T, C]
         for i in range(c.n_layer):
             g = i % c.group_size                                                         # A B A B ...
             layer, args = self.layers[g], (s, rotary, cache and cache[i])
             s, used = checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
             usage[g].append(used)
-        (logits, cross_entropy), reg = self.head(s, targets), self.regulariser(usage)    # [B, T, V], [], []
-        return Output(logits, None if targets is None else cross_entropy + reg, cross_entropy, reg)
+        return self.head(s, usage, targets)
 
-    def head(self, s: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        logits = self.lm_head(self.ln(s))                                                # [B, T, V]
+    def head(self, s: Tensor, usage: list[list[tuple]], targets: Tensor | None) -> Output:
+        logits, reg = self.lm_head(self.ln(s)), self.regulariser(usage)                  # [B, T, V], []
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            return Output(logits, None, None, reg)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return Output(logits, cross_entropy + reg, cross_entropy, reg)
 
     def regulariser(self, usage: list[list[tuple]]) -> Tensor:
         """Without it a few experts could win every token, and the others never learn. p is the usage of the n experts

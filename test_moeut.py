@@ -260,7 +260,7 @@ def test_a_dense_layer_is_all_experts_or_equal_ones_with_gates_of_one(A):
         w_v = w_v.view(3, 1, 10, 20).mT.expand(3, A, 20, 10).flatten(0, 1)
         w_o = w_o.T.reshape(3, 1, 10, 20).expand(3, A, 10, 20).flatten(0, 1)
     moe.attention.w_qk.data, moe.attention.w_v.data, moe.attention.w_o.data = dense.attention.w_qk.data, w_v, w_o
-    x, rotary = torch.randn(2, 16, 20).double(), rotary_table(10, 16)
+    x, rotary = torch.randn(2, 16, 20).double(), rotary_table(10, 0, 16)
     n = torch.cat((torch.full((2, 16, 1), 1000.0), torch.randn(2, 16, 19)), -1).double()
     close([moe.ffn(x, n)[0], moe.attention(x, n, rotary)[0]], [dense.ffn(x, n)[0], dense.attention(x, n, rotary)[0]])
 
@@ -323,14 +323,14 @@ def test_dropout_and_recompute():
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=[
     pytest.mark.slow, pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")])])
 def test_compile(compiler, name, training):
-    """All layers and repeats share a graph, whatever the experts chosen; head and regulariser have one each. For all
-    other shapes layer and head get a second one."""
+    """All layers and repeats share a graph, whatever the experts chosen; rotary table and head have one each. For all
+    other shapes there is a second one of each."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch.compiler.reset()
     model, counter = MoEUT(tiny(**FAMILY[name])).train(training), CompileCounterWithBackend(compiler)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for graphs, *shape in ((3, 4, 16), (3, 4, 16), *([] if training else [(5, 2, 9), (5, 3, 13)])):
+    for graphs, *shape in ((3, 4, 16), (3, 4, 16), *([] if training else [(6, 2, 9), (6, 3, 13)])):
         idx = tokens(*shape)
         close(loss_and_grads(model, compiled, idx), loss_and_grads(model, model, idx))
         assert counter.frame_count == graphs
@@ -354,9 +354,9 @@ def test_bytes_saved_for_backward(compiled):
 def test_routing_is_in_float32_under_autocast_and_in_float64_in_such_a_model():
     """The cut is between numbers that fewer bits cannot tell apart. So are positions, whatever the default dtype."""
     torch.set_default_dtype(torch.bfloat16)
-    low = rotary_table(10, 999)
+    low = rotary_table(10, 0, 999)
     torch.set_default_dtype(torch.float32)
-    assert torch.equal(low, rotary_table(10, 999))
+    assert torch.equal(low, rotary_table(10, 0, 999))
     router, n = Router(tiny(), 6, 1), torch.ones(1, 1, 20)
     for given, dtype, more in ((torch.bfloat16, torch.float32, 1e-3), (torch.float64, torch.float64, 1e-9)):
         router.to(dtype).w.data.fill_(1)
@@ -655,7 +655,7 @@ def compile_kernels(everything):
         with (torch.device("meta"), mock.patch("torch.autocast"), mock.patch("torch.is_autocast_enabled", lambda _: 0),
               mock.patch("cvmm.force", "Triton"), mock.patch("cvmm.launch") as launch):
             layer, x = moeut.Layer(c).to(dtype), torch.empty(n // 128, 128, c.n_embd, dtype=dtype)
-            layer(x, rotary_table(c.head_size, 128))[0].sum().backward()
+            layer(x, rotary_table(c.head_size, 0, 128))[0].sum().backward()
         calls = launch.call_args_list if everything else launch.call_args_list[7:11]  # of down: forward, sum, dx, dw
         for (kernel, _), arguments in calls:
             code = kernel.warmup(grid=(1,), **arguments)
