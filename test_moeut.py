@@ -193,6 +193,7 @@ def authors_weights(A, training_code=False):
 
 @pytest.mark.parametrize("A, training_code", [(3, False), (1, False), (3, True)])
 def test_numbers_of_the_authors(A, training_code):
+    """And weights that do not fit are an error."""
     model = moeut.from_authors(authors_weights(A, training_code), THEIRS[A])
     idx, targets = (torch.arange(14) * 7 % 11).view(2, 7), (torch.arange(14) * 5 % 11).view(2, 7)
     out, (cross_entropy, reg, logits, norms) = model(idx, targets), AUTHORS[A]
@@ -201,6 +202,9 @@ def test_numbers_of_the_authors(A, training_code):
     close([out.logits[1, 6, :4]], [torch.tensor(logits)])
     grads = torch.autograd.grad(out.loss, list(model.parameters()))
     assert [grad.norm().item() for grad in grads] == pytest.approx(norms, rel=1e-4)
+    for fault, more, G in (("extra", {"extra": torch.zeros(1)}, 2), (r"layers\.2", {}, 4)):
+        with pytest.raises(RuntimeError, match=fault):
+            moeut.from_authors(authors_weights(A) | more, replace(THEIRS[A], group_size=G))
 
 
 def test_parameters_and_macs_of_the_presets():
@@ -417,15 +421,6 @@ def test_sampling_distribution(options, expected):
 def test_what_does_not_fit_the_model(named, call):
     with pytest.raises(ValueError, match=named):
         call(MoEUT(tiny()))
-
-
-@pytest.mark.parametrize("named, G, name", [
-    ("layers.2", 4, None), ("extra", 2, "extra"), ("ffn.w_up", 2, "0.ffn.keys"),
-    ("attention.w_qk", 2, "1.attention.q.weight")])
-def test_weights_of_the_authors_that_do_not_fit(named, G, name):
-    more = {f"transformer.layers.{name}": torch.zeros(8, 12)} if name else {}
-    with pytest.raises(RuntimeError, match=named):
-        moeut.from_authors(authors_weights(3) | more, replace(THEIRS[3], group_size=G))
 
 
 # Experts and routing: cvmm against its definition, the kernels in Triton's interpreter where there is no GPU ----------
