@@ -43,10 +43,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Triton takes 0.2 s to import and has no wheels for macOS and Windows: it is imported only where it is needed. A GPU
-# before Ampere, such as a T4, has too little shared memory for the kernels.
+# Triton takes 0.2 s to import and has no wheels for macOS and Windows: it is imported only where it is needed.
 triton = None
-if "TRITON_INTERPRET" in os.environ or torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
     with contextlib.suppress(ImportError):
         import triton
         import triton.language as tl
@@ -54,11 +53,13 @@ if "TRITON_INTERPRET" in os.environ or torch.cuda.is_available() and torch.cuda.
 INTERPRETED = triton and tl.constexpr(triton.knobs.runtime.interpret)  # in Python, also on a CPU: for tests
 jit = triton.jit if triton else lambda function: function
 force = None  # "PyTorch" | "Triton", in tests
+capability = functools.cache(torch.cuda.get_device_capability)
 
 
+@torch.compiler.assume_constant_result
 def backend(device: torch.device) -> str:
-    """The path that tensors on this device take."""
-    return force or ("Triton" if triton and device.type == "cuda" else "PyTorch")
+    """The path that tensors on this device take. GPUs before Ampere, such as a T4, lack memory for the kernels."""
+    return force or ("Triton" if triton and device.type == "cuda" and capability(device) >= (8, 0) else "PyTorch")
 
 
 # The definition ------------------------------------------------------------------------------------------------------

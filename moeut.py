@@ -301,7 +301,8 @@ class MoEUT(nn.Module):
         return [LayerCache() for _ in range(self.config.n_layer)]
 
     # torch.compile takes what is called here piece by piece, so that a layer is compiled once for all its repeats, and
-    # its weight gradients are added up one by one: one graph would unroll the loop, and keep those of all repeats.
+    # its weight gradients are added up one by one: one graph, which torch.export wants, would unroll the loop, and keep
+    # those of all repeats.
     @torch.compiler.disable(recursive=False)
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: list[LayerCache] | None = None) -> Output:
         """idx, targets [B, T] of token ids; a target of -1 is ignored. With a cache, idx continues the tokens in it.
@@ -314,10 +315,13 @@ class MoEUT(nn.Module):
         s, usage = self.embedding(idx), [[] for _ in self.layers]                        # [B, T, C]
         for i in range(c.n_layer):
             g = i % c.group_size                                                         # A B A B ...
-            layer, args = self.layers[g], (s, rotary, cache and cache[i])
-            s, used = checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
+            s, used = self.apply_layer(self.layers[g], s, rotary, cache and cache[i])
             usage[g].append(used)
         return self.head(s, usage, targets)
+
+    def apply_layer(self, layer: Layer, *args) -> tuple[Tensor, tuple]:
+        """A piece by itself, as checkpoint, if called in forward, would hide the layer from torch.compile."""
+        return checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
 
     def head(self, s: Tensor, usage: list[list[tuple]], targets: Tensor | None) -> Output:
         logits, reg = self.lm_head(self.ln(s)), self.regulariser(usage)                  # [B, T, V], []

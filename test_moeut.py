@@ -322,17 +322,18 @@ def test_dropout_and_recompute():
     assert torch.equal(model.eval()(idx).logits, model(idx).logits)
 
 
-@pytest.mark.parametrize("name, training", [
-    ("MoEUT", True), ("MoEUT", False), ("MoEUT all experts", True), ("Transformer", True)])
+@pytest.mark.parametrize("name, training, recompute", [
+    ("MoEUT", True, True), ("MoEUT", False, False), ("MoEUT all experts", True, False), ("Transformer", True, False)])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=[
     pytest.mark.slow, pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")])])
-def test_compile(compiler, name, training):
-    """All layers and repeats share a graph, whatever the experts chosen; rotary table and head have one each. For all
-    other shapes there is a second one of each."""
+def test_compile(compiler, name, training, recompute):
+    """All layers and repeats share a graph, whatever the experts chosen, and when recomputed; rotary table and head
+    have one each. For other shapes there is a second one of each."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch.compiler.reset()
     model, counter = MoEUT(tiny(**FAMILY[name])).train(training), CompileCounterWithBackend(compiler)
+    model.recompute = recompute
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for graphs, *shape in ((3, 4, 16), (3, 4, 16), *([] if training else [(6, 2, 9), (6, 3, 13)])):
         idx = tokens(*shape)
@@ -849,15 +850,13 @@ def test_devices(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("capability, path", [((7, 5), "PyTorch"), ((8, 0), "Triton")], ids=["T4", "A100"])
-def test_gpus_too_old_for_the_kernels(capability, path):
-    code = f"""if True:
-        import torch
-        torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: {capability}
-        import cvmm
-        assert cvmm.backend(torch.device("cuda")) == "{path}" """
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=Path(cvmm.__file__).parent)
+def test_gpus_too_old_for_the_kernels():
+    """Such as a T4 beside an A100, also under torch.compile."""
+    gpus = {torch.device("cuda:0"): (7, 5), torch.device("cuda:1"): (8, 0)}
+    ask = torch.compile(lambda x, gpu: x + (cvmm.backend(gpu) == "Triton"), backend="eager", fullgraph=True)
+    with mock.patch("cvmm.capability", gpus.get):
+        assert [*map(cvmm.backend, gpus)] == ["PyTorch", "Triton"]
+        assert [ask(torch.zeros(1), gpu) for gpu in gpus] == [0, 1]
 
 
 def test_train_then_sample(run):
