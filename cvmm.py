@@ -58,7 +58,7 @@ capability = functools.cache(torch.cuda.get_device_capability)
 
 @torch.compiler.assume_constant_result
 def backend(device: torch.device) -> str:
-    """The path that tensors on this device take. GPUs before Ampere, such as a T4, lack memory for the kernels."""
+    """The path that tensors on this device take. GPUs before Ampere, as a T4, lack shared memory for the kernels."""
     return force or ("Triton" if triton and device.type == "cuda" and capability(device) >= (8, 0) else "PyTorch")
 
 

@@ -290,7 +290,7 @@ class MoEUT(nn.Module):
     def __init__(self, c: MoEUTConfig):
         super().__init__()
         self.config = c
-        self.recompute = False  # activation checkpointing: keep one [B, T, C] per layer application
+        self.recompute = False  # activation checkpointing: keep one [B, T, C] per application of a layer, not compiled
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(c.n_embd))
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.group_size))
@@ -315,15 +315,13 @@ class MoEUT(nn.Module):
         s, usage = self.embedding(idx), [[] for _ in self.layers]                        # [B, T, C]
         for i in range(c.n_layer):
             g = i % c.group_size                                                         # A B A B ...
-            s, used = self.apply_layer(self.layers[g], s, rotary, cache and cache[i])
+            layer, args = self.layers[g], (s, rotary, cache and cache[i])
+            s, used = checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
             usage[g].append(used)
         return self.head(s, usage, targets)
 
-    def apply_layer(self, layer: Layer, *args) -> tuple[Tensor, tuple]:
-        """A piece by itself, as checkpoint, if called in forward, would hide the layer from torch.compile."""
-        return checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
-
     def head(self, s: Tensor, usage: list[list[tuple]], targets: Tensor | None) -> Output:
+        """From the residual stream after the last layer to logits and losses."""
         logits, reg = self.lm_head(self.ln(s)), self.regulariser(usage)                  # [B, T, V], []
         if targets is None:
             return Output(logits, None, None, reg)

@@ -323,12 +323,13 @@ def test_dropout_and_recompute():
 
 
 @pytest.mark.parametrize("name, training, recompute", [
-    ("MoEUT", True, True), ("MoEUT", False, False), ("MoEUT all experts", True, False), ("Transformer", True, False)])
+    ("MoEUT", True, False), ("MoEUT", True, True), ("MoEUT", False, False), ("MoEUT all experts", True, False),
+    ("Transformer", True, False)])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=[
     pytest.mark.slow, pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")])])
 def test_compile(compiler, name, training, recompute):
-    """All layers and repeats share a graph, whatever the experts chosen, and when recomputed; rotary table and head
-    have one each. For other shapes there is a second one of each."""
+    """All layers and repeats share a graph, whatever the experts chosen; rotary table and head have one each. For other
+    shapes there is a second one of each. Layers that are recomputed have none: in 2.13 gradients would be wrong."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch.compiler.reset()
@@ -338,7 +339,7 @@ def test_compile(compiler, name, training, recompute):
     for graphs, *shape in ((3, 4, 16), (3, 4, 16), *([] if training else [(6, 2, 9), (6, 3, 13)])):
         idx = tokens(*shape)
         close(loss_and_grads(model, compiled, idx), loss_and_grads(model, model, idx))
-        assert counter.frame_count == graphs
+        assert counter.frame_count == graphs - recompute
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])

@@ -69,7 +69,7 @@ class Options:
     device: str = option("auto", "auto is cuda, or else cpu; also cuda:1, mps")
     dtype: str = option("auto", "precision of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = option("auto", "torch.compile; auto is yes on CUDA with Triton", choices=("auto", "yes", "no"))
-    recompute: bool = option(False, "activation checkpointing: less memory, more time")
+    recompute: bool = option(False, "activation checkpointing: less memory, more time, layers not compiled")
     wandb: bool = option(False, "also log to Weights & Biases")
 
 
@@ -240,7 +240,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.optimizer = torch.optim.AdamW(  # its learning rate is set by each step
             model.parameters(), betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
-        self.compiled = o.compile == "yes" or o.compile == "auto" and cvmm.backend(device) == "Triton"
+        auto = cvmm.backend(device) == "Triton" and not o.recompute  # of both, torch 2.13 would make wrong gradients
+        self.compiled = o.compile == "yes" or o.compile == "auto" and auto
         self.run = torch.compile(model) if self.compiled else model
         if world > 1:
             self.run = torch.nn.parallel.DistributedDataParallel(self.run)
