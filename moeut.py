@@ -290,7 +290,7 @@ class MoEUT(nn.Module):
     def __init__(self, c: MoEUTConfig):
         super().__init__()
         self.config = c
-        self.recompute = False  # activation checkpointing: keep one [B, T, C] per application of a layer, not compiled
+        self.recompute = False  # activation checkpointing: keep one [B, T, C] per layer application
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(c.n_embd))
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.group_size))
@@ -302,7 +302,7 @@ class MoEUT(nn.Module):
 
     # torch.compile takes what is called here piece by piece, so that a layer is compiled once for all its repeats, and
     # its weight gradients are added up one by one: one graph, which torch.export wants, would unroll the loop, and keep
-    # those of all repeats.
+    # those of all repeats. Called here, checkpoint hides a layer from it: in a graph, torch 2.13 gets gradients wrong.
     @torch.compiler.disable(recursive=False)
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: list[LayerCache] | None = None) -> Output:
         """idx, targets [B, T] of token ids; a target of -1 is ignored. With a cache, idx continues the tokens in it.

@@ -240,8 +240,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.optimizer = torch.optim.AdamW(  # its learning rate is set by each step
             model.parameters(), betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True)
-        auto = cvmm.backend(device) == "Triton" and not o.recompute  # of both, torch 2.13 would make wrong gradients
-        self.compiled = o.compile == "yes" or o.compile == "auto" and auto
+        self.compiled = o.compile == "yes" or o.compile == "auto" and cvmm.backend(device) == "Triton"
         self.run = torch.compile(model) if self.compiled else model
         if world > 1:
             self.run = torch.nn.parallel.DistributedDataParallel(self.run)
