@@ -110,11 +110,13 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     """Sort the slots by expert; for Triton without a host synchronisation.
 
     Args: expert, integers in [0, n_expert), of any shape, slots in token-major order.
-    Raises TypeError for experts that are not integers and, in cvmm, ValueError for one that does not exist. With Triton
-    nobody looks: its token gets any numbers, or the GPU stops the program.
+    Raises TypeError for experts that are not integers; ValueError without experts and, in cvmm, for a choice that does
+    not exist. With Triton nobody looks: its token gets any numbers, or the GPU stops the program.
     """
     if expert.is_floating_point() or expert.is_complex() or expert.dtype == torch.bool:
         raise TypeError(f"route: experts are numbers of dtype {expert.dtype}, but must be integers.")
+    if n_expert < 1:
+        raise ValueError(f"route: n_expert is {n_expert}: it must be at least 1.")
     expert, path = expert.flatten().long(), backend(expert.device)
     if few(len(expert), path) and (path == "Triton" or all(0 <= e < n_expert for e in expert.tolist())):
         return Routing(expert, n_expert)  # else, if there is no such expert, `experts` raises

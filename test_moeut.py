@@ -202,8 +202,10 @@ def test_numbers_of_the_authors(A, training_code):
     close([out.logits[1, 6, :4]], [torch.tensor(logits)])
     grads = torch.autograd.grad(out.loss, list(model.parameters()))
     assert [grad.norm().item() for grad in grads] == pytest.approx(norms, rel=1e-4)
-    for fault, more, G in (("extra", {"extra": torch.zeros(1)}, 2), (r"layers\.2", {}, 4)):
-        with pytest.raises(RuntimeError, match=fault):
+    for named, name, G in (("layers.2", "0.ln1.bias", 4), ("extra", "extra", 2), ("ffn.w_up", "0.ffn.keys", 2),
+                           ("attention.w_qk", "1.attention.q.weight", 2)):
+        with pytest.raises(RuntimeError, match=named):
+            more = {f"transformer.layers.{name}": torch.zeros(8, 12)}
             moeut.from_authors(authors_weights(A) | more, replace(THEIRS[A], group_size=G))
 
 
@@ -553,13 +555,14 @@ def test_what_does_not_fit_cvmm(n_slot):
                 dict(x=x[:, 1:]), dict(w=w[1:]), dict(gate=gate[1:]), dict(gate=gate.to("meta")), dict(w=w.to("meta"))):
         with pytest.raises(ValueError, match="do not fit"):
             cvmm.cvmm(**good | bad)
-    for bad in (-1, 5):
+    for bad in (-1, 5, 2**16, 2**40):
         with pytest.raises(ValueError, match="not one of the 5"):
             cvmm.cvmm(x, w, cvmm.route(expert.index_fill(0, torch.tensor(3), bad), 5), 3)
-    for sentence, call in (("integers", lambda: cvmm.route(expert.float(), 5)),
-                           ("float64", lambda: cvmm.schedule(x.double()))):
-        with pytest.raises(TypeError, match=sentence):
-            call()
+    for error, sentence, call, *bad in (
+            (ValueError, "n_expert", cvmm.route, expert, 0), (TypeError, "integers", cvmm.route, expert.float(), 5),
+            (TypeError, "float64", cvmm.schedule, x.double())):
+        with pytest.raises(error, match=sentence):
+            call(*bad)
 
 
 @pytest.mark.parametrize("gated, dtype, fans", [
@@ -852,10 +855,10 @@ def test_devices(monkeypatch):
 
 @needs_triton
 def test_gpus_too_old_for_the_kernels():
-    """Such as a T4 beside an A100, also under torch.compile."""
+    """Such as a T4 beside an A100, also under torch.compile, which cannot look into the question."""
     gpus = {torch.device("cuda:0"): (7, 5), torch.device("cuda:1"): (8, 0)}
     ask = torch.compile(lambda x, gpu: x + (cvmm.backend(gpu) == "Triton"), backend="eager", fullgraph=True)
-    with mock.patch("cvmm.capability", gpus.get):
+    with mock.patch("cvmm.capability", lambda gpu: os.getpid() and gpus[gpu]):
         assert [*map(cvmm.backend, gpus)] == ["PyTorch", "Triton"]
         assert [ask(torch.zeros(1), gpu) for gpu in gpus] == [0, 1]
 
