@@ -233,7 +233,7 @@ class Trainer:
 
     def __init__(self, model: MoEUT, o: Options, device: torch.device, world: int = 1):
         self.model, self.grad_clip, model.recompute = model.to(device), o.grad_clip, o.recompute
-        newer = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        newer = device.type == "cuda" and cvmm.capability(device) >= (8, 0)  # Ampere
         best = "float32" if device.type == "cpu" else "bfloat16" if newer else "float16"  # what the device is fast in
         self.dtype = getattr(torch, best if o.dtype == "auto" else o.dtype)
         self.autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -343,6 +343,7 @@ def main():
             trainer.optimizer.load_state_dict(stored["optimizer"])
         except (KeyError, TypeError, ValueError):
             sys.exit(no_state)
+        trainer.optimizer.param_groups[0] |= dict(betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)  # given anew?
         if stored["scaler"]:
             trainer.scaler.load_state_dict(stored["scaler"])
     run |= dict(text_hash=text_hash, options=asdict(o), config=asdict(config), tokenizer=tokenizer.spec)
@@ -416,10 +417,12 @@ def main():
         if rank == 0 and (step % o.eval_interval == 0 or done or stop):
             files = ["last.pt"]
             if done or not stop:
-                loss = evaluate(model, val_data, o.eval_tokens * (8 if done else 1), batch_size, trainer.autocast)
-                log(val_loss=loss, val_bits_per_byte=loss * bits[1])
+                loss = evaluate(model, val_data, o.eval_tokens, batch_size, trainer.autocast)
                 if loss < run["best"]:
                     files, run["best"] = ["best.pt", "last.pt"], loss  # in this order: a kill may come between
+                if done:  # more exact; but which one is the best is decided on the same text
+                    loss = evaluate(model, val_data, 8 * o.eval_tokens, batch_size, trainer.autocast)
+                log(val_loss=loss, val_bits_per_byte=loss * bits[1])
             if not math.isfinite(loss):
                 sys.exit(f"The loss is not a number at step {step}: try a smaller --lr. What was saved before is kept.")
             for name in files:
