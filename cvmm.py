@@ -13,9 +13,9 @@ that share one matrix, so the slots are sorted by expert first. Three tokens tha
     expert          0  1  1  0  2  1     sort by expert     expert   0  0 | 1  1  1 | 2
                                                             offsets  0      2         5   6
 
-The places of the sorted list are called *rows* here: expert e owns the rows offsets[e] .. offsets[e+1]. Where a fan is
-left out, x or the output consists of these rows, one for each slot, which is how the hidden units go from up to down.
-With N tokens, K chosen experts, H heads and J chosen experts per head, the two integers cover it all:
+A place of the sorted list is called a *row*, without "of x": expert e owns rows offsets[e] .. offsets[e+1] - 1. Where a
+fan is left out, x or the output consists of these rows, one for each slot: so hidden units go from up to down.
+With N tokens, K chosen experts, H heads and J chosen experts per head, the two fans cover it all:
 
     feedforward up       M = N*K      fan_in K      -                token -> rows     sigma-MoE, arXiv 2310.10837
     feedforward down     M = N*K      -             fan_out K        rows -> token
@@ -31,7 +31,7 @@ dx is the same operation again, with w transposed and the fans exchanged; dgate 
 Letters: M slots; E experts, of all heads; a matrix has I inputs and O outputs; C width, F expert size.
 """
 
-from __future__ import annotations  # not evaluated: `tl`, in those of the kernels, may be missing
+from __future__ import annotations  # not evaluated: those of the kernels name `tl`, which may be missing
 
 import contextlib
 import functools
@@ -58,7 +58,7 @@ capability = functools.cache(torch.cuda.get_device_capability)
 
 @torch.compiler.assume_constant_result
 def backend(device: torch.device) -> str:
-    """The path that tensors on this device take. GPUs before Ampere, as a T4, lack shared memory for the kernels."""
+    """The path that tensors on this device take. Before Ampere, GPUs have too little shared memory."""
     return force or ("Triton" if triton and device.type == "cuda" and capability(device) >= (8, 0) else "PyTorch")
 
 
@@ -67,7 +67,7 @@ def backend(device: torch.device) -> str:
 
 def definition(x: Tensor, w: Tensor, expert: Tensor, fan_in: int = 1, fan_out: int = 1, gate: Tensor | None = None):
     """The operation, word for word, with both fans: x [M / fan_in, I], w [E, I, O], expert [M], gate [M] ->
-    [M / fan_out, O]. All else is tested against it; for the few slots of a decoded token a CPU knows nothing faster."""
+    [M / fan_out, O]. All else is tested against it; for the few slots of a decoded token nothing is faster on a CPU."""
     out = x.new_zeros(len(expert) // fan_out, w.shape[2], dtype=sum_dtype(x))
     gate = x.new_ones(len(expert)) if gate is None else gate.to(x.dtype)
     for s, e in enumerate(expert.tolist()):
@@ -82,13 +82,13 @@ def batched(x: Tensor, w: Tensor, expert: Tensor, fan_in: int, fan_out: int, gat
     return y.sum(1, dtype=y.dtype) if gate is None else (gate.view(-1, 1, fan_out).to(y.dtype) @ y).squeeze(1)
 
 
-def few(m: int, path: str) -> bool:
+def few(m: int, device: torch.device) -> bool:
     """Whether m slots are so few that sorting costs more than it saves: those of a decoded token, without gradients."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and m <= dict(PyTorch=16, Triton=64)[path]
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and m <= (16 if device.type == "cpu" else 64)
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """Sums are made in float32 at least: of slots, and of the gradients that a shared float32 w gets from repeats."""
+    """Sums are in float32 at least: those over slots, and those of a shared w's gradients over its repeats."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -110,16 +110,16 @@ def route(expert: Tensor, n_expert: int) -> Routing:
     """Sort the slots by expert; for Triton without a host synchronisation.
 
     Args: expert, integers in [0, n_expert), of any shape, slots in token-major order.
-    Raises TypeError for experts that are not integers; ValueError without experts and, in cvmm, for a choice that does
-    not exist. With Triton nobody looks: its token gets any numbers, or the GPU stops the program.
+    Raises TypeError for experts that are not integers; ValueError for n_expert < 1 and, in cvmm, for an expert out of
+    range. The Triton path does not check: such a token gets arbitrary numbers, or the GPU stops the program.
     """
     if expert.is_floating_point() or expert.is_complex() or expert.dtype == torch.bool:
         raise TypeError(f"route: experts are numbers of dtype {expert.dtype}, but must be integers.")
     if n_expert < 1:
         raise ValueError(f"route: n_expert is {n_expert}: it must be at least 1.")
     expert, path = expert.flatten().long(), backend(expert.device)
-    if few(len(expert), path) and (path == "Triton" or all(0 <= e < n_expert for e in expert.tolist())):
-        return Routing(expert, n_expert)  # else, if there is no such expert, `experts` raises
+    if few(len(expert), expert.device) and (path == "Triton" or all(0 <= e < n_expert for e in expert.tolist())):
+        return Routing(expert, n_expert)  # an expert that does not exist is left to `experts`, which raises
     ids, slot = expert.sort(stable=True)  # so that sums have a fixed order      [M] both
     row = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(slot), device=slot.device))  # [M]
     offsets = torch.searchsorted(ids, torch.arange(n_expert + 1, device=ids.device))
@@ -131,7 +131,7 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 
 
 def opaque(name: str, fake):
-    """Decorates what torch.compile must not look into: there it is a custom op, whose shapes `fake` tells. Elsewhere it
+    """Hides a function from torch.compile: there it is a custom op, whose shapes `fake` gives. Elsewhere it
     stays a function, because the first call of a custom op takes 2 seconds, to import the compiler."""
     def decorate(function):
         op = torch.library.custom_op(f"moeut::{name}", function, mutates_args=())
@@ -159,10 +159,10 @@ def experts(slot: Tensor, offsets: Tensor):
 def multiply(x: Tensor, w: Tensor, transposed: bool, gate: Tensor | None, other: Tensor | None, row: Tensor,
              slot: Tensor, offsets: Tensor, tiles: Tensor | None, fan_in: int | None, fan_out: int | None,
              ) -> tuple[Tensor, Tensor]:
-    """The operation, by the matrices of w or their transposes: [M / fan_out, O]; and, for dgate, the dot products [M]
-    of what each slot gives, before its gate, with its row of other [M / fan_out, O]; [0] without other. Gate and other
-    come only where slots are summed."""
-    w = aligned(w.to(x.dtype))  # here, as torch.compile would keep such a copy for backward, one for each repeat
+    """The operation, with w or its transpose: [M / fan_out, O]. And for dgate, where other is given, the dot product
+    of each slot's result, before its gate, with its row of other [M / fan_out, O], which is the x of the forward pass:
+    [M], else [0]. Without fan_out the gate is not used, and other must be None."""
+    w = aligned(w.to(x.dtype))  # in the op, or torch.compile would keep such a copy for backward for each repeat
     w = w.mT if transposed else w
     if tiles is not None:
         return triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out)
@@ -186,7 +186,7 @@ def multiply_dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: T
                 fan_in: int | None, fan_out: int | None) -> Tensor:
     """The gradient of w without gates: [E, I, O], in float32 at least"""
     if tiles is not None:
-        return triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out)
+        return triton_dw(x, dout, slot, offsets, fan_in, fan_out)
     x, dout = gather(x, slot, fan_in), gather(dout, slot, fan_out)                   # [M, I], [M, O]
     dw = x.new_empty(len(offsets) - 1, x.shape[1], dout.shape[1])
     for e, rows in experts(slot, offsets):
@@ -203,8 +203,8 @@ def multiply_dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: T
 #             acc += x[slot[rows] // fan_in, inputs] @ w[expert, inputs, columns]
 #         y[rows, columns] = acc
 #
-# Where a row of x is short, of at most 256 bytes, a block is done before the loads of the next could arrive. There one
-# program owns a tile: it holds its rows of x (HOLD), and goes through all blocks of columns, with w loaded ahead.
+# Where a row of x is short, of at most 256 bytes, a block is done before the loads of the next arrive. There a program
+# does a whole tile: it holds its rows of x (HOLD), and goes through all blocks of columns, with w loaded ahead.
 #
 # The second sums the slots, when all are in memory:
 #
@@ -217,12 +217,12 @@ def multiply_dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: T
 
 
 def tile_table(offsets: Tensor, m: int, n_expert: int) -> Tensor:
-    """[n, 2] expert and first row of each tile. The surplus has expert -1: n, and so the grid, follows from m and E."""
+    """[n, 2] expert and first row of each tile; surplus ones begin past its end: n, the grid, follows from m and E."""
     bm = block_rows(m, n_expert)
     begin = F.pad(((offsets.diff() + bm - 1) // bm).cumsum(0), (1, 0))           # [E + 1] like offsets, but of tiles
     tile = torch.arange(m // bm + n_expert, device=offsets.device)
-    e = torch.searchsorted(begin, tile, right=True) - 1                          # E for the surplus
-    return torch.stack((torch.where(e < n_expert, e, -1), offsets[e] + (tile - begin[e]) * bm), dim=1)
+    e = (torch.searchsorted(begin, tile, right=True) - 1).clamp(max=n_expert - 1)  # the last one for the surplus
+    return torch.stack((e, offsets[e] + (tile - begin[e]) * bm), dim=1)
 
 
 def block_rows(m: int, n_expert: int) -> int:
@@ -236,10 +236,10 @@ def rows_kernel(x, w, y, slot, offsets, tiles, n_in, n_out, stride_x, stride_we,
                 PRECISION: tl.constexpr):
     n_blocks = 1 if HOLD else tl.cdiv(n_out, BN)
     tile, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks  # so the rows of a tile stay in L2
-    expert = tl.load(tiles + 2 * tile).to(tl.int64)
-    if expert < 0:
+    expert, first = tl.load(tiles + 2 * tile).to(tl.int64), tl.load(tiles + 2 * tile + 1)
+    end = tl.load(offsets + expert + 1)
+    if first >= end:
         return
-    first, end = tl.load(tiles + 2 * tile + 1), tl.load(offsets + expert + 1)
     rows = first + tl.arange(0, BM)
     real = (rows < end)[:, None]
     source = tl.minimum(rows, end - 1)  # surplus rows repeat the last one and are not stored
@@ -277,7 +277,7 @@ def sum_kernel(y, out, gate, other, dots, row, n, n_out,  # gate and other may b
     if other is not None:
         factor = tl.load(other + target, mask=inside, other=0.0).to(tl.float32)
     acc = tl.zeros((TOKENS, WIDTH), tl.float32)
-    for k in tl.range(fan_out, num_stages=3):
+    for k in tl.range(fan_out, num_stages=3 if WIDTH <= 4096 else 1):  # or the rows loaded ahead need too much memory
         s = t * fan_out + k
         source = tl.load(row + s, mask=real, other=0).to(tl.int64)[:, None] * n_out + cols
         part = tl.load(y + source, mask=inside, other=0.0).to(tl.float32)
@@ -334,7 +334,7 @@ def dw_kernel(x, dout, dw, slot, offsets, heaviest, n_in, n_out, stride_x, strid
 def top_k_kernel(x, expert, n, n_expert, top_k, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     token, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64), tl.arange(0, WIDTH)
     inside = (token < n)[:, None] & (e < n_expert)[None, :]
-    bits = tl.load(x + token[:, None] * n_expert + e[None, :], mask=inside, other=-1)  # floats, or the smallest
+    bits = tl.load(x + token[:, None] * n_expert + e[None, :], mask=inside, other=-1)  # floats, or the smallest key
     key = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -(2**31) + 1)  # an integer, in the order of the floats
     for k in range(top_k):
         best = tl.min(tl.where(key == tl.max(key, 1)[:, None], e[None, :], WIDTH), 1)  # of equal ones the first
@@ -359,7 +359,7 @@ def schedule(x: Tensor) -> dict:
 
 def aligned(t: Tensor) -> Tensor:
     """x [M, I] or w [E, I, O] as the kernels read it: the numbers of a row side by side, and padded to a multiple of 16
-    of them, or they could not be copied asynchronously; w in both dimensions, because dx reads its transpose."""
+    of them, for asynchronous copies; w in both dimensions, because dx reads its transpose."""
     if backend(t.device) != "Triton":
         return t
     pads = [end for size in reversed(t.shape[1:]) for end in (0, -size % 16)]
@@ -383,7 +383,7 @@ def triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_ou
     return out, dots
 
 
-def triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out):
+def triton_dw(x, dout, slot, offsets, fan_in, fan_out):
     e, i, o, options = len(offsets) - 1, x.shape[1], dout.shape[1], schedule(x)
     dw = x.new_empty(e, i, o, dtype=torch.float32)
     launch(dw_kernel, e * triton.cdiv(i, 128) * triton.cdiv(o, options["BN"]), x=x, dout=dout, dw=dw, slot=slot,
@@ -399,7 +399,7 @@ def triton_dw(x, dout, slot, offsets, tiles, fan_in, fan_out):
 def top_k(x: Tensor, k: int) -> Tensor:
     """The places of the k largest numbers of the last dimension, in any order: [..., n] -> [..., k]"""
     path, n_expert, n = backend(x.device), x.shape[-1], x.shape[:-1].numel()
-    if path == "PyTorch" or x.dtype != torch.float32 or not k <= n_expert <= 1024 or few(n * k, path):
+    if path == "PyTorch" or x.dtype != torch.float32 or not k <= n_expert <= 1024 or few(n * k, x.device):
         return x.topk(k, sorted=False).indices
     expert, width = x.new_empty(*x.shape[:-1], k, dtype=torch.long), triton.next_power_of_2(n_expert)
     tokens = max(512 // width, 1)  # of a program
@@ -422,11 +422,11 @@ class _CVMM(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         (x, w, gate, row, slot, *rest), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
-        gate_x = (None, None) if gate is None or fan_in is None else (gate, x.contiguous())
-        dx, dgate = multiply(dout, w, True, *gate_x, row, slot, *rest, fan_out, fan_in)
+        other = None if gate is None or fan_in is None else x.contiguous()
+        dx, dgate = multiply(dout, w, True, gate, other, row, slot, *rest, fan_out, fan_in)
         if gate is not None:
-            # Left to torch.compile to fuse: the gates of dx, where no slots are summed, and those of dw, in its
-            # narrower operand. dw_kernel copies operands past the registers, and could not multiply them.
+            # Left to torch.compile to fuse: the gates of dx, where no slots are summed, and those of dw, on its
+            # narrower operand: dw_kernel copies operands past the registers, so it cannot multiply them.
             gates = gate[slot, None]  # [M, 1], in the order of rows
             if fan_in is None:
                 dgate = (dx * x.to(sum_dtype(x))).sum(1)[row]
@@ -446,7 +446,7 @@ def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_
     Args: x [M / fan_in, I], or [M, I] in the order of rows if fan_in is left out; w [E, I, O]; the routing of M slots
     to E experts; gate, M numbers in the order of slots, 1 if left out.
     Returns [M / fan_out, O], or [M, O] in the order of rows if fan_out is left out, in the precision of the matmul:
-    that of w or, under autocast, autocast's.
+    that of w or, under autocast, autocast's, unless w is in float64.
     Raises ValueError when sizes or devices do not fit; TypeError for float64 in a kernel.
     """
     m, tensors = len(routing.expert), dict(x=x, w=w, routing=routing.expert) | ({} if gate is None else dict(gate=gate))
@@ -455,10 +455,11 @@ def cvmm(x: Tensor, w: Tensor, routing: Routing, fan_in: int | None = None, fan_
     if not fits or gate is not None and gate.numel() != m or len({t.device for t in tensors.values()}) > 1:
         given = ", ".join(f"{k} {tuple(t.shape)} on {t.device}" for k, t in tensors.items())
         raise ValueError(f"cvmm: {fan_in=}, {fan_out=} and routing to {routing.n_expert} experts do not fit {given}.")
-    x = x.to(torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else w.dtype)
+    lower = torch.is_autocast_enabled(x.device.type) and w.dtype != torch.float64  # which autocast leaves alone
+    x = x.to(torch.get_autocast_dtype(x.device.type) if lower else w.dtype)
     gate = None if gate is None else gate.reshape(-1).contiguous()
     if routing.slot is None:
-        unsorted = batched if backend(x.device) == "Triton" else definition
+        unsorted = definition if x.device.type == "cpu" else batched
         return unsorted(x, w, routing.expert, fan_in or 1, fan_out or 1, gate)
     y = _CVMM.apply(aligned(x), w, gate if fan_out else None, fan_in, fan_out, *routing[2:])[:, : w.shape[2]]
     return y if gate is None or fan_out else (y * gate[routing.slot, None]).to(y.dtype)

@@ -17,11 +17,11 @@ MoEUT adds parameters at little cost, and makes repeated layers work, with three
 The same file holds what the paper compares with: `ffn`, `attention`, `group_size` and `layernorm` in the config turn
 MoEUT into the standard Transformer, the plain Universal Transformer, the sigma-MoE and the SwitchHead Transformer.
 
-Letters in the shape comments: those of the sizes are beside them in MoEUTConfig; a batch is B sequences of T tokens, in
-all N = B * T; S keys are attended to; P pairs of dimensions of a head are rotated.
+Letters in shape comments: those of sizes are named in MoEUTConfig; a batch is B sequences of T tokens, N = B * T tokens
+in all; S keys are attended to; P pairs of dimensions of a head are rotated.
 
-Attention and feedforward get two views of the residual stream s: they transform x, and their queries, keys and routers
-read n. They return y, and in training the usage of their experts, if they have any.
+Attention and feedforward get two views of the residual stream s: x, which values and experts transform, and n, which
+queries, keys and routers read. They return y, and in training the usage of their experts, if they have any.
 
     layernorm        x          n          the next s
     peri             s          LN(s)      s + y
@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # cvmm multiplies rows by the matrices of their chosen experts only. For each slot s, which is one choice by one token,
-#     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]     gate (1 if left out) and expert are flattened;
-# so fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert.
-# Without fan_in (None, which is not 1) row i of x is for the i-th sorted slot; without fan_out, row i of out is.
+#     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]     gate (default 1) and expert are flattened.
+# So fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert.
+# Without fan_in (None, not 1) row i of x is for the i-th sorted slot; without fan_out, row i of out is.
 from cvmm import cvmm, route, top_k
 
 
@@ -53,8 +53,8 @@ class MoEUTConfig:
 
     vocab_size: int = 2048  # V tokens
     block_size: int = 128  # training context T; the model itself has no limit (rotary positions)
-    n_layer: int = 4  # L, counts applications: a layer repeated three times counts three
-    group_size: int = 2  # G distinct layers, repeated L / G times; G = L shares nothing
+    n_layer: int = 4  # L, counts applications: a layer applied three times counts three
+    group_size: int = 2  # G distinct layers, applied L / G times each; G = L shares nothing
     n_embd: int = 64  # C, width of the residual stream
     n_head: int = 4  # H attention heads; the paper's MoEUTs have fewer than its dense models, as each has A experts
     head_size: int = 16  # D, width of a head; H * D need not be C
@@ -112,7 +112,7 @@ class Router(nn.Module):
     def forward(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """n [B, T, C] -> gate and expert, [B, T, *choices, top_k] both; and in training, for the regulariser, the usage
         of all experts by each sequence [B, *choices, n_expert]: a mean softmax, as a count would have no gradient."""
-        with torch.autocast(n.device.type, enabled=False):  # in bfloat16 a fifth of the tokens (244M) tie at the cut
+        with torch.autocast(n.device.type, enabled=False):  # in bfloat16, top-k is a tie for a fifth of 244M's tokens
             dtype = torch.promote_types(n.dtype, torch.float32)
             logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
         scores = logits.sigmoid()                                                        # [B, T, *choices, n_expert]
@@ -170,13 +170,13 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotary positions for x [B, T, *, *, D]; dimension i, one of the first P, is paired with dimension i + P."""
     cos, sin = rotary.to(x.dtype)                                                        # [T, 1, 1, P] both
     P = cos.shape[-1]
-    a, b, rest = x.tensor_split((P, 2 * P), dim=-1)                                      # [B, T, *, *, P] both
+    a, b, rest = x.tensor_split((P, 2 * P), dim=-1)                                      # a, b: [B, T, *, *, P]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
 class LayerCache:
     """Rotated keys, and values after their experts, of the past tokens in one layer *application*: a layer that is
-    repeated three times sees three different inputs. So repeating makes caches no smaller; having fewer heads does."""
+    applied three times sees three different inputs. So sharing makes caches no smaller; having fewer heads does."""
 
     k, v, length = None, None, 0  # [B, H, length, D] both
 
@@ -189,7 +189,7 @@ def attend(qk: Tensor, v: Tensor, rotary, cache: LayerCache | None) -> Tensor:
         if cache.length:
             k, v = torch.cat((cache.k, k), dim=2), torch.cat((cache.v, v), dim=2)        # [B, H, S, D] both
         cache.k, cache.v, cache.length = k, v, k.shape[2]
-    T, S = q.shape[2], k.shape[2]  # a single query sees all keys, and for T = S there is is_causal, which is faster
+    T, S = q.shape[2], k.shape[2]  # maybe symbolic. One query sees all keys; for T = S there is is_causal: faster
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
     a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=True if 1 < T == S else False)  # a real bool
     return a.transpose(1, 2)                                                             # [B, T, H, D]
@@ -217,7 +217,7 @@ class SwitchHead(nn.Module):
         (_, H, A), J = self.router.shape, self.router.top_k
         gate, expert, usage = self.router(n)                                # [B, T, 2, H, J] both, [B, 2, H, A]
         qk = F.linear(n, self.w_qk).unflatten(-1, (2, H, -1))                            # [B, T, 2, H, D]
-        if A <= 4 and x.device.type == "cpu":  # tiny, small: all experts, some with gate 0; a step is a tenth shorter
+        if A <= 4 and x.device.type == "cpu":  # tiny, small: all experts, gate 0 if not chosen; a tenth faster
             gates = gate.new_zeros(B, T, 2, H, A).scatter(-1, expert, gate).to(x.dtype)
             gate_v, gate_o = gates.unsqueeze(-1).unbind(2)                               # [B, T, H, A, 1] both
             w_v = self.w_v.transpose(0, 1).flatten(1)                                    # [C, H * A * D]
@@ -300,9 +300,9 @@ class MoEUT(nn.Module):
     def new_cache(self) -> list[LayerCache]:
         return [LayerCache() for _ in range(self.config.n_layer)]
 
-    # torch.compile takes what is called here piece by piece, so that a layer is compiled once for all its repeats, and
-    # its weight gradients are added up one by one: one graph, which torch.export wants, would unroll the loop, and keep
-    # those of all repeats. Called here, checkpoint hides a layer from it: in a graph, torch 2.13 gets gradients wrong.
+    # Under torch.compile this loop stays Python, and what it calls become graphs: a layer is compiled once for all its
+    # repeats, and its weight gradients are added up as they come. A single graph, as torch.export wants, would unroll
+    # the loop and keep them all. checkpoint keeps its layer out of any graph: there torch 2.13 gets gradients wrong.
     @torch.compiler.disable(recursive=False)
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: list[LayerCache] | None = None) -> Output:
         """idx, targets [B, T] of token ids; a target of -1 is ignored. With a cache, idx continues the tokens in it.
@@ -329,10 +329,10 @@ class MoEUT(nn.Module):
         return Output(logits, cross_entropy + reg, cross_entropy, reg)
 
     def regulariser(self, usage: list[list[tuple]]) -> Tensor:
-        """Without it a few experts could win every token, and the others never learn. p is the usage of the n experts
-        of a choice, one in a feedforward and 2 H in an attention, by a sequence, averaged over the repeats of the
-        layer. The loss gets weight * (sum of p log p), from -log n, if all are used alike, to 0, if one takes all: mean
-        over batch and heads, sum over values, outputs and layers. usage[g][i] is of repeat i of layer g."""
+        """Without it a few experts could win every token, and the others never learn. p, the usage by a sequence in all
+        repeats of a layer, sums to 1 over the n experts of a choice: one choice in a feedforward, 2 H in an attention.
+        The loss gets weight * (sum of p log p), between -log n (all are used alike) and 0 (one takes all): its mean
+        over batch and heads, summed over values, outputs and layers. usage[g][i] is of repeat i of layer g."""
         total = torch.zeros((), device=self.lm_head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
@@ -377,7 +377,7 @@ class MoEUT(nn.Module):
 
 TRANSFORMER = dict(ffn="dense", attention="dense", layernorm="pre")  # the standard one, which the paper compares with
 PAPER = dict(vocab_size=8000, block_size=1024)
-PAPER_SIZES = (  # name, C; MoEUT: L, G, H, D, E, K, A; the Transformer with as many parameters: L, H, D, ffn_size
+PAPER_SIZES = (  # name, C; MoEUT, F 128: L, G, H, D, E, K, A; the Transformer of as many parameters: L, H, D, ffn_size
     ("44M", 412, (16, 2, 4, 82, 155, 12, 8), (16, 10, 41, 2053)),
     ("126M", 768, (18, 2, 4, 96, 254, 12, 10), (16, 16, 48, 3072)),
     ("244M", 1024, (18, 2, 4, 128, 387, 16, 10), (18, 16, 64, 4110)),
@@ -406,7 +406,7 @@ PRESETS = {name: MoEUTConfig(**sizes) for name, sizes in {
 
 def from_authors(state_dict: dict[str, Tensor], config: MoEUTConfig) -> MoEUT:
     """A model with weights of github.com/RobertCsordas/moeut or .../moeut_training_code. Raises RuntimeError if names
-    or shapes do not fit. They do not tell n_layer, top_k, att_top_k, layernorm (nor, if n_att_expert is 1, n_head)."""
+    or shapes do not fit. They do not show n_layer, top_k, att_top_k, layernorm (nor, if n_att_expert is 1, n_head)."""
     model, parts, sel_o = MoEUT(config), {}, "router.w" if config.n_att_expert > 1 else "w_gate"
     for name, weight in sorted(state_dict.items(), reverse=True):  # so q comes before k, and sel_v before sel_o
         for theirs, ours in (

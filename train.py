@@ -47,7 +47,7 @@ class Options:
     data: tuple = option((), "text files, folders or patterns; none: the Python standard library")
     tokenizer: str = option("bpe", "bpe (trained on the text), bytes, or a name known to tiktoken")
     out: str = option("out", "folder of the run")
-    resume: bool = option(False, "go on from the last checkpoint in --out, with the options it was started with")
+    resume: bool = option(False, "go on from the last checkpoint in --out, with its options, unless given anew")
     preset: str = option("tiny", "model and recipe: PRESETS in moeut.py, RECIPES in train.py", choices=PRESETS)
     init_from: str = option("", "begin with another run's weights and tokenizer; --n_layer, --dropout, ... may differ")
     steps: int = option(700, "optimizer steps", 1)
@@ -246,7 +246,7 @@ class Trainer:
             self.run = torch.nn.parallel.DistributedDataParallel(self.run)
 
     def step(self, batches: list, lr: float) -> tuple[float, float, float]:
-        """A step on the mean gradient of the batches, skipped if its norm is not finite: cross entropy, reg, norm."""
+        """Step by the mean gradient of the batches, unless its norm is not finite. Returns cross entropy, reg, norm."""
         self.model.train()
         losses = 0.0
         for i, (x, y) in enumerate(batches):
@@ -271,15 +271,15 @@ def main():
     # One process trains on one device. torchrun starts more, which share the sequences of every step.
     rank, world = 0, 1
     if dist.is_torchelastic_launched():
-        carriers = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # nccl for gradients on GPUs only
-        dist.init_process_group(carriers, timeout=timedelta(days=1))  # which a long text may take
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # nccl for gradients on GPUs only
+        dist.init_process_group(backends, timeout=timedelta(days=1))  # which a long text may take
         rank, world = dist.get_rank(), dist.get_world_size()
     if rank > 0:
         sys.stdout = open(os.devnull, "w", errors="replace")  # one process speaks
     torch.set_float32_matmul_precision("high")  # TF32 where there is nothing better
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on a CPU, and nobody misses them
 
-    # Options: of the command line, else of the run that goes on, else of the preset's recipe
+    # Options: of the command line, else of the resumed run, else of the preset's recipe
     out, resume = Path(given.get("out", Options.out)), given.get("resume", False)
     model, tokenizer, stored = None, None, {}
     if resume or "init_from" in given:
@@ -312,7 +312,7 @@ def main():
     for left in out.glob("*.*.[0-9]*.part"):  # of a run that was killed
         left.unlink(missing_ok=True)
 
-    # Text: rank 0 writes the tokens, and tells the others its tokenizer when they can find them
+    # Text: rank 0 writes the tokens, and tells the others its tokenizer once these are there
     if rank > 0:
         dist.broadcast_object_list(spec := [None])
         tokenizer = Tokenizer(spec[0])
@@ -325,7 +325,7 @@ def main():
         sys.exit(f"The text has {len(data)} tokens for training and {len(val_data)} for validation, a sequence {T + 1}:"
                  " give more text, or a smaller --block_size.")
 
-    out.mkdir(parents=True, exist_ok=True)  # or it is said now that this cannot be
+    out.mkdir(parents=True, exist_ok=True)  # fails now, not at the first checkpoint
 
     # Model: with the tokenizer's vocabulary, or with a larger one that was asked for
     if not model:
@@ -347,7 +347,7 @@ def main():
         if stored["scaler"]:
             trainer.scaler.load_state_dict(stored["scaler"])
     run |= dict(text_hash=text_hash, options=asdict(o), config=asdict(config), tokenizer=tokenizer.spec)
-    first_step, stored = run["step"] + 1, None  # whose memory is needed
+    first_step, stored = run["step"] + 1, None  # frees its memory
 
     print("model:", *(f"--{k}={v}" for k, v in asdict(config).items()))
     shown = asdict(o) | dict(data=" ".join(o.data))
