@@ -68,7 +68,7 @@ class MoEUTConfig:
     att_top_k: int = 1  # J of these A, chosen by a token
     layernorm: Literal["peri", "pre", "post"] = "peri"
     dropout: float = 0.0  # on the output of attention and feedforward; 0 in all runs of the paper
-    expert_dropout: float = 0.0  # chance that a token passes over an expert, in training; 0 in the paper
+    expert_dropout: float = 0.0  # chance that a token passes over an expert in training, if enough are left
     ffn_reg: float = 0.01  # weight of the entropy regulariser on feedforward routers
     att_reg: float = 0.001  # ... on attention routers
 
