@@ -18,7 +18,7 @@ from moeut import PRESETS, MoEUT, MoEUTConfig
 from train import RECIPES, Options, Trainer, cli, macs_per_token, option, parse, pick_device, read_checkpoint
 
 PAIRS = {name: f"dense-{name.split('-')[-1]}" for name in PRESETS if name in ("tiny", "small") or "moeut" in name}
-OPTIMIZER = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip init_from".split()
+RECIPE = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip init_from tokenizer".split()
 
 
 @dataclass
@@ -26,7 +26,7 @@ class BenchOptions:
     preset: str = option("small", "the MoEUT", choices=PAIRS)
     batch_size: int = option(0, "sequences of a step; 0 takes those of the preset's recipe", 0)
     device: str = option("auto", "auto is cuda, or else cpu; also cuda:1, mps")
-    dtype: str = option("auto", "precision of the matmuls", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", "precision of the step's matmuls", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = option("auto", "torch.compile; auto is yes on CUDA with Triton", choices=("auto", "yes", "no"))
     compare: tuple = option((), "folders of finished runs: print their results side by side, and time nothing")
 
@@ -68,19 +68,20 @@ def compare(folders: list[str]):
         try:
             o, c, metrics = Options(**run["options"]), MoEUTConfig(**run["config"]), run["metrics"]
             memory = max(m.get("peak_mib") or 0 for m in metrics)  # null on Windows
-            result = [m["val_bits_per_byte"] for m in metrics if "val_loss" in m][-1], run["seconds"], memory
+            step, bits = [(m["step"], m["val_bits_per_byte"]) for m in metrics if "val_loss" in m][-1]
         except (KeyError, TypeError, ValueError, IndexError):
             sys.exit(f"{folder} holds no run that has been evaluated: --resume goes on with one.")
         text = "of hash " + "".join(f"{part % 2**64:016x}" for part in run["text_hash"])
-        conditions = dict(text=text, step=run["step"], tokens_per_step=o.tokens_per_step, vocab_size=c.vocab_size)
+        conditions = dict(text=text, step=step, steps=o.steps, tokens_per_step=o.tokens_per_step,
+                          eval_tokens=o.eval_tokens, vocab_size=c.vocab_size)
         for k, v in conditions.items():
             if v != (common := common or conditions)[k]:
                 sys.exit(f"These cannot be compared: {k} is {common[k]} in {folders[0]} and {v} in {folder}.")
         usual = asdict(replace(PRESETS.get(o.preset, c), vocab_size=c.vocab_size))
         usual |= asdict(Options(**RECIPES.get(o.preset, {})))
-        used = asdict(c) | {k: getattr(o, k) for k in OPTIMIZER}
+        used = asdict(c) | {k: getattr(o, k) for k in RECIPE}
         name = " ".join([o.preset, *sorted(f"{k}={v}" for k, v in used.items() if v != usual[k])])
-        groups.setdefault((name, macs_per_token(c, c.block_size)), []).append(result)
+        groups.setdefault((name, macs_per_token(c, c.block_size)), []).append((bits, run["seconds"], memory))
     print(f"{common['step']} steps of {common['tokens_per_step']} tokens; bits per byte: mean, lowest, highest\n"
           f"{'model':40} runs   MACs/token bits/byte     low    high  seconds    MiB")
     for (name, macs), runs in sorted(groups.items(), key=lambda group: np.mean(group[1], axis=0)[0]):

@@ -131,7 +131,8 @@ def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
 
 
 def log_likelihoods(model: MoEUT, pairs: list, batch_tokens: int = 8192) -> list[tuple[float, bool]]:
-    """Of (context, continuation) token ids: log probability of the continuation, and whether it is the most likely."""
+    """Of (context, continuation) token ids: log probability of the continuation, and whether it is the most likely. The
+    newest block_size + 1 ids are read; of a continuation as long as that, its last block_size count."""
     rows = [torch.tensor([*context, *end][-model.config.block_size - 1 :]) for context, end in pairs]
     found, order = {}, sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     while order:

@@ -283,14 +283,16 @@ def main():
     out, resume = Path(given.get("out", Options.out)), given.get("resume", False)
     model, tokenizer, stored = None, None, {}
     if resume or "init_from" in given:
-        fixed = {"preset", "tokenizer"} | ({"init_from", "seed", "tokens_per_step", *changes} if resume else set())
+        fixed = {"preset", "tokenizer"}
+        fixed |= {"init_from", "seed", "tokens_per_step", "eval_tokens", *changes} if resume else set()
         if wrong := min(fixed & {*given, *changes}, default=""):
             sys.exit(f"--{wrong} cannot be given with --{'resume' if resume else 'init_from'}: the checkpoint says it.")
         model, tokenizer, stored = load_model(out / "last.pt" if resume else Path(given["init_from"]), **changes)
     if not resume and (out / "last.pt").exists():
         sys.exit(f"{out} holds a run already: --resume goes on with it, another --out begins a new one.")
     preset = stored.get("options", given).get("preset", Options.preset)
-    o = Options(**(stored["options"] if resume else RECIPES.get(preset, {}) | dict(preset=preset)) | given)
+    usual = stored["options"] if resume else RECIPES.get(preset, {}) | dict(preset=preset)
+    o = Options(**usual | given | dict(out=str(out)) | (dict(tokenizer=tokenizer.name) if tokenizer else {}))
     o.data, device = tuple(map(os.path.abspath, o.data)), pick_device(o.device)
     try:
         config = model.config if model else replace(PRESETS[o.preset], **changes)
@@ -333,7 +335,7 @@ def main():
         if 0 < asked < n:
             sys.exit(f"--vocab_size is {asked}, but the tokenizer {tokenizer.name} has {n} tokens.")
         if n < config.vocab_size and tokenizer.name == "bpe":
-            print(f"vocabulary: {n} tokens instead of {config.vocab_size}, because the text has no more to merge")
+            print(f"vocabulary: {n} tokens instead of {config.vocab_size}, because its text has no more to merge")
         torch.manual_seed(o.seed)
         model = MoEUT(replace(config, vocab_size=n if tokenizer.name == "bpe" else max(n, asked)))
     trainer, config = Trainer(model, o, device, world), model.config
@@ -388,7 +390,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    logged, skipped = (run["step"], run["seconds"]), 0
+    logged, skipped, in_a_row = (run["step"], run["seconds"]), 0, 0
     for step in range(first_step, o.steps + 1):
         started = time.perf_counter()
         torch.manual_seed(o.seed + (step - 1) * world + rank)  # for dropout: resumed runs repeat it, processes differ
@@ -396,8 +398,9 @@ def main():
         starts = window_starts(len(data), T, range(first, first + sequences), o.seed)
         batches = [batch(data, starts[i : i + batch_size], T, device) for i in range(0, sequences, batch_size)]
         loss, reg, norm = trainer.step(batches, lr)
-        skipped = 0 if math.isfinite(norm) else skipped + 1
-        if skipped == 10:
+        in_a_row = 0 if math.isfinite(norm) else in_a_row + 1
+        skipped += in_a_row > 0
+        if in_a_row == 10:
             sys.exit(f"The gradient was not finite in ten steps in a row, up to {step}: try a smaller --lr. "
                      "What was saved before is kept.")
         shared = torch.tensor([loss, reg, len(signals)])
@@ -412,7 +415,7 @@ def main():
             log(loss=loss, bits_per_byte=loss * bits[0], reg=reg, lr=lr, grad=norm, tokens_per_second=rate,
                 peak_mib=peak_memory(device), seconds_left=(o.steps - step) * o.tokens_per_step / rate,
                 **{"mfu": rate * flops / peak} if peak else {}, **{"skipped": skipped} if skipped else {})
-            logged = step, run["seconds"]
+            logged, skipped = (step, run["seconds"]), 0
 
         if rank == 0 and (step % o.eval_interval == 0 or done or stop):
             files = ["last.pt"]
