@@ -419,8 +419,9 @@ class _CVMM(torch.autograd.Function):
         return multiply(x, w, False, gate, None, *routing, fan_in, fan_out)[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
+        if torch.is_grad_enabled():  # once_differentiable lets a constant dout pass, and then drops second derivatives
+            raise RuntimeError("cvmm is differentiable once: there is no create_graph=True.")
         (x, w, gate, row, slot, *rest), dout, (fan_in, fan_out) = ctx.saved_tensors, dout.contiguous(), ctx.fans
         other = None if gate is None or fan_in is None else x.contiguous()
         dx, dgate = multiply(dout, w, True, gate, other, row, slot, *rest, fan_out, fan_in)

@@ -118,7 +118,7 @@ class Router(nn.Module):
         scores = logits.sigmoid()                                                        # [B, T, *choices, n_expert]
         candidates = logits.detach()  # in the same order as the scores, but sigmoids saturate and tie
         if self.training and self.expert_dropout:
-            candidates = candidates.masked_fill(torch.rand_like(logits) < self.expert_dropout, -math.inf)
+            candidates = candidates - 1e3 * (torch.rand_like(logits) < self.expert_dropout)  # the last to be chosen
         expert = top_k(candidates, self.top_k)                                           # [B, T, *choices, top_k]
         gate = scores.gather(-1, expert)                                                 # [B, T, *choices, top_k]
         usage = logits.softmax(-1).mean(1) if self.training else None                    # [B, *choices, n_expert]
@@ -325,7 +325,8 @@ class MoEUT(nn.Module):
         logits, reg = self.lm_head(self.ln(s)), self.regulariser(usage)                  # [B, T, V], []
         if targets is None:
             return Output(logits, None, None, reg)
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        precise = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        cross_entropy = F.cross_entropy(precise, targets.flatten(), ignore_index=-1)
         return Output(logits, cross_entropy + reg, cross_entropy, reg)
 
     def regulariser(self, usage: list[list[tuple]]) -> Tensor:
@@ -406,7 +407,7 @@ PRESETS = {name: MoEUTConfig(**sizes) for name, sizes in {
 
 def from_authors(state_dict: dict[str, Tensor], config: MoEUTConfig) -> MoEUT:
     """A model with weights of github.com/RobertCsordas/moeut or .../moeut_training_code. Raises RuntimeError if names
-    or shapes do not fit. They do not show n_layer, top_k, att_top_k, layernorm (nor, if n_att_expert is 1, n_head)."""
+    or shapes do not fit. They do not show n_layer, top_k, att_top_k, nor whether layernorm is "peri" or "pre"."""
     model, parts, sel_o = MoEUT(config), {}, "router.w" if config.n_att_expert > 1 else "w_gate"
     for name, weight in sorted(state_dict.items(), reverse=True):  # so q comes before k, and sel_v before sel_o
         for theirs, ours in (
