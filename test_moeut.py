@@ -6,6 +6,7 @@ routing; the kernels; text, training and resuming; what is said about bad input.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -202,9 +203,11 @@ def test_numbers_of_the_authors(A, training_code):
     close([out.logits[1, 6, :4]], [torch.tensor(logits)])
     grads = torch.autograd.grad(out.loss, list(model.parameters()))
     assert [grad.norm().item() for grad in grads] == pytest.approx(norms, rel=1e-4)
-    for named, part in ("extra", "extra"), ("ffn.w_up", "0.ffn.keys"), ("attention.w_qk", "1.attention.q.weight"):
+    for named, name, G in (("layers.2", "0.ln1.bias", 4), ("extra", "extra", 2), ("ffn.w_up", "0.ffn.keys", 2),
+                           ("attention.w_qk", "1.attention.q.weight", 2)):
         with pytest.raises(RuntimeError, match=named):
-            moeut.from_authors(authors_weights(A) | {f"transformer.layers.{part}": torch.zeros(8, 12)}, THEIRS[A])
+            more = {f"transformer.layers.{name}": torch.zeros(8, 12)}
+            moeut.from_authors(authors_weights(A) | more, replace(THEIRS[A], group_size=G))
 
 
 def test_parameters_and_macs_of_the_presets():
@@ -600,9 +603,13 @@ def test_top_k(path, n_expert, k):
     logits[0, 4] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # the nan that is the smallest integer
     logits[1, 0, n_expert // 2 :] = -math.inf  # dropped experts
     for x in (logits, logits.double()):
-        expert = cvmm.top_k(x, k=k)
+        with mock.patch.object(cvmm, "launch", wraps=cvmm.launch) as launch:
+            expert = cvmm.top_k(x, k=k)
+        assert launch.called == (path == "Triton" and x.dtype == torch.float32 and n_expert <= 1024)
         assert all(len(set(chosen)) == k for chosen in expert.flatten(0, 1).tolist())
         assert torch.equal(x.gather(-1, expert).sort(-1).values.nan_to_num(), x.topk(k).values.flip(-1).nan_to_num())
+        with pytest.raises(RuntimeError, match="out of range"):
+            cvmm.top_k(x, n_expert + 1)
 
 
 # The Triton kernels --------------------------------------------------------------------------------------------------
@@ -726,10 +733,12 @@ def run(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def done(run, tmp_path_factory):
-    """A finished run in the folder out, trained once for all tests."""
+    """A finished run in the folder out, trained once for all tests; and its weights alone, as people share them."""
     if not (kept := tmp_path_factory.getbasetemp() / "finished").exists():
         run(train, *SMALL, f"--out={kept}")
     shutil.copytree(kept, "out")
+    Path("weights").mkdir()
+    torch.save({part: load()[part] for part in ("model", "config", "options", "tokenizer")}, "weights/last.pt")
 
 
 def load(out="out", name="last.pt"):
@@ -762,57 +771,62 @@ def test_tokenizer_round_trip(name, n_vocab, run):
     ids = tokenizer.encode(line).tolist()
     pieces = list(tokenizer.stream([*ids, tokenizer.end, *ids]))
     assert "".join(pieces) == line and not any("\ufffd" in piece for piece in pieces)
+    assert "".join(tokenizer.stream(tokenizer.encode("ß").tolist()[:-1])) == "\ufffd"  # half of a character
     assert tokenizer.n_vocab == n_vocab == tokenizer.end + 1 and tokenizer.end not in ids
     assert (len(ids) == len(line.encode())) == (name == "bytes")
 
 
 def test_vocabulary(run):
-    """As large as the training part of the text allows; padded only on request, with tokens that are no text."""
+    """Smaller than asked for if the text has no more to merge; padded only on request, with tokens that are no text."""
     Path("few.txt").write_text("abab " * 900 + "xyxy " * 100)  # which is for validation
-    run(train, *SMALL, "--steps=1", "--data=few.txt", "--vocab_size=5000", "--out=few")
-    ranks = load("few")["tokenizer"]["mergeable_ranks"]
-    assert 256 < len(ranks) == len(load("few")["model"]["lm_head.weight"]) - 1 and b"ab" in ranks and b"xy" not in ranks
+    printed = run(train, *SMALL, "--steps=1", "--data=few.txt", "--vocab_size=5000", "--out=few").out
+    size, ranks = len(load("few")["model"]["lm_head.weight"]), load("few")["tokenizer"]["mergeable_ranks"]
+    assert f"vocabulary: {size} tokens instead of 5000" in printed and 257 < size == len(ranks) + 1 < 300
+    assert b"ab" in ranks and b"xy" not in ranks
     run(train, *SMALL, "--steps=1", "--tokenizer=bytes", "--vocab_size=1000")
     assert len(load()["model"]["lm_head.weight"]) == 1000 and run(sample, "--temperature=9").out
 
 
-@pytest.mark.parametrize("n", [1, 3, 300])
-def test_documents(n, run, capsys):
-    """The last tenth of all characters is for validation, in whatever files and wherever they are. A file of two names
-    counts once. Hidden files, those of a run and what is not UTF-8 are left out, whole."""
-    documents = [f"<{i} 🙂>\r\n" * (1 + 37 * i % 11) for i in range(n - 1)]
-    documents.append("naïve 🙂\n" * (9 if n > 1 else 10**5))  # files are read in pieces of a megabyte
-    for name, content in {".hidden/a.txt": "?", "run/last.pt": "?", "latin.txt": "?\n" * 600_000 + "\xef\n",
-                          **{f"sub/{i}.txt": document for i, document in enumerate(documents)}}.items():
-        Path("docs", name).parent.mkdir(parents=True, exist_ok=True)
-        Path("docs", name).write_bytes(content.encode("latin-1" if name == "latin.txt" else "utf-8"))
-    _, *ids, bits, text_hash = read("docs", Path("docs/sub/*.txt").absolute())
-    parts = [decoded(part) for part in ids]
-    assert re.fullmatch(r"left out, because it is not UTF-8 text: .*latin\.txt\n", capsys.readouterr().out)
-    assert sorted("".join(parts).split("\0")) == ["", *sorted(documents)] and parts[1][-1] == "\0"
-    assert len(parts[0].replace("\0", "")) == int(0.9 * sum(map(len, documents)))
-    assert bits == pytest.approx([len(tokens) / len(part.replace("\0", "").encode()) / math.log(2)
-                                  for tokens, part in zip(ids, parts, strict=True)])
-    _, *ids, _, renamed_hash = read(Path("docs").rename("renamed"))
-    assert [decoded(part) for part in ids] == parts and renamed_hash == text_hash
-
-
 def test_tokens_are_cached(run):
-    """For all runs on a text; made anew if they are damaged, or if the text is another. A run that is told to end
-    leaves no half of them."""
+    """All runs on a text share its tokens; they are made anew if they are damaged, or if the text is another. What a
+    run has begun to write goes when it is told to end."""
     with (mock.patch("text.split", lambda _: signal.raise_signal(signal.SIGTERM)),
           pytest.raises(SystemExit, match="143")):
         run(train, *SMALL, "--tokenizer=bytes")
     assert not list(Path("cache/moeut").iterdir())
     first = decoded(read("text.txt")[1])
     with mock.patch("text.read_documents", None):
-        assert decoded(read("./text.*")[1]) == first
-    (cached,) = Path("cache/moeut").iterdir()
-    cached.write_bytes(cached.read_bytes()[:-1])
-    assert decoded(read("text.txt")[1]) == first
+        assert decoded(read("./text.*", "text.txt")[1]) == first
+    for damage in (lambda f: f.write_bytes(f.read_bytes()[:-1]), lambda f: f.write_bytes(b""), Path.unlink):
+        damage(*Path("cache/moeut").iterdir())
+        assert decoded(read("text.txt")[1]) == first
     Path("text.txt").write_text(TEXT.replace("1", "2"))  # as long as before
     os.utime("text.txt", ns=(0, 1))
     assert decoded(read("text.txt")[1]) == first.replace("1", "2")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 20, 300])
+def test_documents(n, run, capsys):
+    """The last tenth of all characters is for validation, in whatever files and wherever they are. A file of two names
+    counts once. Hidden files, those of a run and what is not UTF-8 are left out, whole."""
+    documents = [f"<{i} 🙂>\r\n" * (1 + 37 * i % 11) for i in range(n - 1)]
+    documents.append("naïve 🙂\n" * (9 if n > 1 else 10**5))
+    files = {".hidden/a.txt": b"?", "run/metrics.jsonl": b"?", "run/last.pt": b"?",
+             "latin.txt": b"?\n" * 600_000 + b"\xef\n",  # files are read in pieces of a megabyte
+             **{f"sub/{i}.txt": document.encode() for i, document in enumerate(documents)}}
+    for name, content in files.items():
+        Path("docs", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("docs", name).write_bytes(content)
+    os.symlink("sub/0.txt", "docs/link.txt")
+    _, *ids, bits, text_hash = read("docs", "docs/sub/*.txt")
+    assert re.fullmatch(r"left out, because it is not UTF-8 text: .*latin\.txt\n", capsys.readouterr().out)
+    parts = [decoded(part) for part in ids]
+    assert sorted("".join(parts).split("\0")) == ["", *sorted(documents)] and parts[1][-1] == "\0"
+    assert len(parts[0].replace("\0", "")) == int(0.9 * sum(map(len, documents)))
+    assert bits == pytest.approx([len(tokens) / len(part.replace("\0", "").encode()) / math.log(2)
+                                  for tokens, part in zip(ids, parts, strict=True)])
+    _, *ids, _, renamed_hash = read(Path("docs").rename("renamed"))
+    assert [decoded(part) for part in ids] == parts and renamed_hash == text_hash
 
 
 @pytest.mark.parametrize("length", [17, 18, 33, 49, 100, 1234])
@@ -843,6 +857,14 @@ def test_learning_rate_and_recipes():
         o = train.Options(**train.RECIPES[name])
         assert (o.lr, o.beta1, o.beta2, o.weight_decay, o.final_lr, o.hold) == (2.5e-4, 0.9, 0.999, 0.01, 0.1, 0)
         assert (o.steps, o.tokens_per_step, o.warmup, o.grad_clip) == (100_000, 65_536, warmup, grad_clip)
+
+
+def test_devices(monkeypatch):
+    """torchrun gives each process a GPU."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda _, device: mock.Mock(device=device))
+    assert [*map(train.pick_device, ("cpu", "auto", "cuda"))] == ["cpu", "cuda:1", "cuda:1"]
 
 
 @needs_triton
@@ -884,25 +906,27 @@ def test_learns_from_context(run):
 
 
 @pytest.mark.parametrize("number, dtype, other", [
-    (signal.SIGINT, "float32", "float16"), (signal.SIGTERM, "float16", "float32")])
+    (signal.SIGINT, "float32", "bfloat16"), (signal.SIGTERM, "float16", "float32")])
 def test_resume_changes_no_bit(number, dtype, other, run):
-    """Stopped after 4 of 6 steps and moved: as if nothing had happened. The scaler of float16 goes on too; and a run
-    goes on in another precision."""
+    """Interrupted after 4 of 6 steps and moved: as if nothing had happened. Also another dtype."""
     options, evaluate = [*SMALL, "--dropout=0.1", "--sample_tokens=0", f"--dtype={dtype}"], train.evaluate
     run(train, *options, "--out=straight")
     with (mock.patch("train.evaluate", lambda *args: (signal.raise_signal(number), evaluate(*args))[1]),
           pytest.raises(SystemExit, match="^Stopped after step 4, saved in parts: .*--resume --out=parts` goes on")):
         run(train, *options, "--out=parts")
     Path("parts").rename("out")
-    run(train, "--resume")
+    Path("text.txt").rename("moved.txt")
+    run(train, "--resume", "--data=~/moved.txt")
     for part in ("step", "model", "optimizer", "scaler"):
         torch.testing.assert_close(load()[part], load("straight")[part], rtol=0, atol=0)
     assert all(logged("out", key) == logged("straight", key) for key in ("loss", "val_loss"))
     assert bool(load()["scaler"]) == (dtype == "float16") and load()["options"]["out"] == "out"
-    run(train, "--resume", "--steps=9", f"--dtype={other}", "--weight_decay=0.7")
+    run(train, "--resume", "--steps=8", f"--dtype={other}", "--weight_decay=0.7")
     assert load()["optimizer"]["param_groups"][0]["weight_decay"] == 0.7
-    losses, norms = logged("out", "loss"), logged("out", "grad").values()
-    assert len(losses) == 9 and losses[9] < losses[1] - 0.2 and max(norms) < 10  # not those of the scaled loss
+    run(train, "--resume", "--steps=10", f"--dtype={dtype}")
+    losses = logged("out", "loss")
+    assert len(losses) == 10 and losses[10] < losses[1] - 0.2 and not Path("parts").exists()
+    assert max(logged("out", "grad").values()) < 10  # not those of the scaled loss
 
 
 def test_init_from(run):
@@ -916,8 +940,9 @@ def test_init_from(run):
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device", "out/best.pt"), RuntimeError("of torch")])
-def test_a_full_disk_keeps_the_last_checkpoint(failure, run, done):
-    """And no half of another. What a run that was killed has left goes when the run goes on, and nothing else."""
+def test_a_full_disk_keeps_the_last_checkpoint(failure, run, done, monkeypatch):
+    """And no half of another. What a run that was killed has left goes when the run goes on, and nothing else. A file
+    that may not be read is not called damaged."""
     def full(_, file):
         file.write(b"half of it")
         raise failure
@@ -926,9 +951,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(failure, run, done):
     with mock.patch("torch.save", full), pytest.raises(SystemExit, match="^out/best.pt.*(No space|disk full).*$"):
         run(train, "--resume", "--steps=9")
     assert Path("out/last.pt").read_bytes() == before and not list(Path("out").glob("*.part"))
+    denied = PermissionError(13, "Permission denied", "out/last.pt")
+    with mock.patch("torch.load", side_effect=denied), pytest.raises(SystemExit, match="^out/last.pt: Permission"):
+        run(train, "--resume", "--steps=9")
     Path("out/last.pt.1.part").touch(), Path("out/film.mkv.part").touch()
-    run(train, "--resume", "--steps=9")
-    assert load()["step"] == 9 and [*map(str, Path("out").glob("*.part"))] == ["out/film.mkv.part"]
+    monkeypatch.chdir("out")  # the text is found from anywhere
+    run(train, "--resume", "--steps=9", "--out=.")
+    assert load(".")["step"] == 9 and [*map(str, Path().glob("*.part"))] == ["film.mkv.part"]
 
 
 def test_steps_that_are_not_finite(run, done, monkeypatch):
@@ -939,6 +968,8 @@ def test_steps_that_are_not_finite(run, done, monkeypatch):
         with pytest.raises(SystemExit, match=f"^{sentence}.*smaller --lr.*$"):
             run(train, "--resume", "--steps=600", "--lr=5000", f"--eval_interval={interval}")
         assert Path("out/last.pt").read_bytes() == before
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert sum(line.get("skipped", 0) for line in lines) == 9 and lines[-1]["loss"] is None
     norms, seen = itertools.cycle(torch.tensor([math.nan, 1.0])), []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: (
         seen.append([*parameters][-1].tolist()), next(norms))[1])
@@ -946,12 +977,17 @@ def test_steps_that_are_not_finite(run, done, monkeypatch):
     assert [a != b for a, b in itertools.pairwise(seen)] == [False, True] * 11 + [False]
     assert logged("out", "skipped") == {7: 1, 12: 2, 16: 2, 20: 2, 24: 2, 28: 2, 30: 1}
     assert list(logged("out", "grad").values())[6:] == [None] + [1] * 7 and math.isfinite(logged("out", "val_loss")[30])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda *_: signal.raise_signal(signal.SIGINT) or torch.tensor(math.nan))
+    with pytest.raises(SystemExit, match="^Stopped after step 31, saved in out"):  # Ctrl-C in a step that is skipped
+        run(train, "--resume", "--steps=40")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs process groups")
 def test_how_a_step_is_divided_changes_nothing(run):
     """Accumulated, recomputed, or by two processes, each with its own dropout. Clipping and Adam hide a wrong scale,
-    norms do not. After Ctrl-C, which reaches all processes, they leave together, with one sentence, and can go on."""
+    norms do not. After Ctrl-C, which reaches all processes, they leave together, with one sentence, and can go on,
+    on the device they were on."""
     Path("driver.py").write_text("""if True:
         import atexit, os, torch
         if os.environ["RANK"] == "1":
@@ -962,6 +998,7 @@ def test_how_a_step_is_divided_changes_nothing(run):
         init = torch.distributed.init_process_group  # which on a machine with GPUs, told nothing, sends no CPU tensors
         torch.distributed.init_process_group = lambda backend, timeout: init(backend, timeout=timeout)
         import train
+        train.pick_device = lambda name, pick=train.pick_device: print("on", name, file=log) or pick(name)
         train.cli(train.main)""")
     torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2 driver.py".split()]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -976,34 +1013,48 @@ def test_how_a_step_is_divided_changes_nothing(run):
     assert process.returncode == 1 and error.count(f"Stopped after step {step}, saved in two") == 1
     assert error.count("Traceback") == 1  # torchrun's own
     process = subprocess.Popen([*torchrun, "--resume", "--out=two", f"--steps={step + 2}"], **pipes)
-    run(train, *options, f"--steps={step + 2}", "--batch_size=1", "--recompute", "--out=one")
+    printed = run(train, *options, f"--steps={step + 2}", "--batch_size=1", "--recompute", "--out=one").out
+    assert " --recompute\n" in printed  # as one would type it
     run(train, *options, f"--steps={step + 2}", "--batch_size=4", "--out=four")
     printed, error = process.communicate()
     assert process.returncode == 0 and printed.count("saved in two") == 1, error
-    logs = [set(Path(f"log{rank}").read_text().splitlines()) for rank in (0, 1)]  # the seeds of dropout; who saves
-    assert len(logs[0]) - 1 == len(logs[1]) == step + 2 and "saved" in logs[0] and not logs[0] & logs[1]
+    logs = [set(Path(f"log{rank}").read_text().splitlines()) for rank in (0, 1)]  # seeds of dropout, what is saved, ...
+    assert len(logs[0]) - 1 == len(logs[1]) == step + 3 and "saved" in logs[0] and logs[0] & logs[1] == {"on cpu"}
     for out in ("one", "two"):
         torch.testing.assert_close(load(out)["model"], load("four")["model"], rtol=0, atol=1e-4)
         for key in ("loss", "reg", "grad", "val_loss"):
             assert logged(out, key) == pytest.approx(logged("four", key), rel=1e-3)
 
 
-def test_bench(run):
-    """Runs side by side: mean and range over the seeds; a changed model or recipe stands apart. A step in turn."""
+def test_help_compare_and_bench(run):
+    """Mean and range over the seeds; a changed model or recipe stands apart. A run outlives the name of its preset."""
     for name, option in zip("abcd", ("--seed=1", "--seed=2", "--lr=2e-3", "--top_k=1"), strict=True):
         run(train, *SMALL, option, f"--out={name}")
     lines = run(bench, "--compare", *"abcd").out.splitlines()
     (two,) = [line.split()[-7:] for line in lines if line.startswith("tiny") and not re.search("top_k=1|lr=", line)]
     bits = [logged(name, "val_bits_per_byte")[6] for name in ("a", "b")]
     assert [float(x) for x in (two[0], *two[2:5])] == pytest.approx([2, sum(bits) / 2, *sorted(bits)], abs=1e-4)
+    stored = load("d")
+    stored["options"]["preset"], stored["metrics"][0]["peak_mib"] = "gone", None  # as on Windows
+    torch.save(stored, "d/last.pt")
+    assert {line.split()[0] for line in run(bench, "--compare", "~/a", "d").out.splitlines()[2:]} == {"tiny", "gone"}
+    run(train, "--resume", "--out=d", "--steps=7")
     table = run(bench, "--preset=tiny", "--batch_size=1").out
     assert len(re.findall(r"^.+[\d,.]+ +[\d,.]+ +\d+\.\d\d$", table, re.MULTILINE)) == 4
-    for script in (train, sample, bench):
-        with pytest.raises(SystemExit, match="^0$"):
-            run(script, "--help")
+    for said, *command in (("0", train, "--help"), ("0", sample, "--help"), ("0", bench, "--help"),
+                           ("--data is empty.", train, "--data", "a.txt", "")):
+        with pytest.raises(SystemExit, match=f"^{said}$"):
+            run(*command)
 
 
 # Sampling, experts, scores -------------------------------------------------------------------------------------------
+
+
+def set_end(bias):
+    """The model of the run writes the end token always, or never."""
+    stored = load()
+    stored["model"]["lm_head.bias"][-1] = bias
+    torch.save(stored, "out/last.pt")
 
 
 def test_sample(run, done):
@@ -1011,8 +1062,7 @@ def test_sample(run, done):
     else. How fast it was, and what is not read, goes to stderr."""
     def sampled(*arguments):
         return run(sample, "--max_new_tokens=30", *arguments).out
-
-    model, tokenizer, stored = train.load_model(Path("out"))
+    model, tokenizer, _ = train.load_model(Path("out"))
     newest = tokenizer.encode(TEXT[:100])[-16:].tolist()
     tokens = model.eval().generate(torch.tensor([newest]), 30, temperature=0)
     best = TEXT[:100] + "".join(tokenizer.stream(map(int, tokens))) + "\n"
@@ -1020,27 +1070,34 @@ def test_sample(run, done):
     assert "of which the newest 16 are read" in run(sample, f"--prompt={TEXT[:100]}").err
     assert sampled() == sampled("--seed=0") != sampled("--seed=1") != sampled("--seed=1", "--temperature=2")
     Path("prompt.txt").write_bytes("naïve\r\n 🙂".encode())
-    assert sampled("--prompt_file=~/prompt.txt") == sampled("--prompt=naïve\r\n 🙂")
+    assert sampled("--prompt=~")[0] == "~"  # a path would begin with the home folder
+    assert sampled("--prompt_file=~/prompt.txt", "--out=~/weights") == sampled("--prompt=naïve\r\n 🙂")
     three = sampled("--prompt=12 ·", "--n_samples=3").split("\n" + "-" * 60 + "\n")
     assert len(set(three)) == 4 and three[3] == "" and all(text.startswith("12 ·") for text in three[:3])
-    stored["model"]["lm_head.bias"][-1] = 1e9  # the end token is written always
-    torch.save({part: stored[part] for part in ("model", "config", "options", "tokenizer")}, "out/last.pt")
+    with mock.patch("sys.stdout", io.StringIO()) as notebook:
+        sampled("--seed=1")
+    assert notebook.getvalue() == sampled("--seed=1")
+    set_end(1e9)
     ended = run(sample, "--n_samples=2", "--prompt=1")
     assert ended.out == ("1\n" + "-" * 60 + "\n") * 2 and re.fullmatch("2 tokens in .* tokens/s on cpu\n", ended.err)
 
 
 def test_terminals(done):
     """One that is not UTF-8; the prompt in standard input; no traceback after Ctrl-C (130), or `| head` (141)."""
-    for code in (130, 141):
-        process = subprocess.Popen(
-            [sys.executable, sample.__file__, "--prompt_file=-", "--device=cpu", f"--max_new_tokens={10**6}"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONIOENCODING": "ascii"})
-        process.stdin.write("naïve 🙂".encode())
-        process.stdin.close()
+    set_end(-1e9)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    options, processes = [sys.executable, sample.__file__, "--prompt_file=-", "--device=cpu"], {}
+    for code, n in ((0, 30), (130, 10**6), (141, 10**6)):
+        processes[code] = subprocess.Popen([*options, f"--max_new_tokens={n}"], **pipes,
+                                           env=os.environ | {"PYTHONIOENCODING": "ascii"})
+        processes[code].stdin.write("naïve 🙂".encode())
+        processes[code].stdin.close()
+    for code, process in processes.items():
         assert process.stdout.read(7) == b"na?ve ?"
-        process.send_signal(signal.SIGINT) if code == 130 else process.stdout.close()
-        assert process.stderr.read() == b"" and process.wait() == code
+        if code:
+            process.send_signal(signal.SIGINT) if code == 130 else process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait() == code and (error == b"" if code else b"tokens/s" in error)
 
 
 def test_show_experts(run, done):
@@ -1052,6 +1109,8 @@ def test_show_experts(run, done):
     model.eval()(torch.tensor([tokenizer.encode("naïve 12").tolist()]))
     shown = [[int(e) for e in re.findall(r"\[(\d)\]", part)] for part in printed.split("application")[1:]]
     assert shown == best and "\x1b" not in printed and "layers.0.attention.router " in printed
+    run(train, *SMALL, "--steps=1", "--group_size=2", "--out=apart")  # no layer is repeated
+    assert run(sample, "--out=apart", "--show_experts").out.count(" -\n") == 4
 
 
 PAIRS = [("12 ·", " 19 = 228", " 20 = 22"), ("", "naïve", "🙂🙂🙂"), ("3 · 10 = 30 — naïve 🙂 4 · 11", " = 44", " 🙂")]
@@ -1075,11 +1134,12 @@ def test_tasks(run, done):
     """The harness, with a task of our own and without a network."""
     pytest.importorskip("lm_eval")
     Path("pairs.json").write_text("".join(json.dumps(dict(a=a, b=b)) + "\n" for a, b, _ in PAIRS))
-    Path("mine.yaml").write_text(json.dumps(dict(
+    Path("tasks").mkdir()
+    Path("tasks/mine.yaml").write_text(json.dumps(dict(
         task="mine", dataset_path="json", dataset_kwargs=dict(data_files=dict(train="pairs.json")), target_delimiter="",
         validation_split="train", output_type="loglikelihood", doc_to_text="{{a}}", doc_to_target="{{b}}",
         metric_list=[dict(metric="perplexity", aggregation="mean", higher_is_better=True)])))  # of the logarithms
-    found = re.search(r"perplexity *\|[^|]*\| *(-[\d.]+)", run(sample, "--tasks", "mine.yaml").out)[1]
+    found = re.search(r"perplexity *\|[^|]*\| *(-[\d.]+)", run(sample, "--tasks", "tasks").out)[1]
     (model, tokenizer, _), pairs = train.load_model(Path("out")), []
     for a, b, _ in PAIRS:
         ids, n = tokenizer.encode(a + b).tolist(), len(tokenizer.encode(a))
@@ -1101,6 +1161,7 @@ def test_weights_of_the_authors(run, monkeypatch):
     assert "".join(tokenizer.stream([2, *range(1, 11), 0, 3])) == "a abcdefé"  # a control piece, such as 8, is no text
     tokens = model.generate(torch.tensor([[3, 7, 1, 4]]), 20, temperature=0)
     best = "bf c" + "".join(tokenizer.stream(map(int, tokens))) + "\n"
+    assert len(best) > 8
     training = dict(run_invariants=dict(args={"rope.base": 10000}), model=authors_weights(3, True))
     for stored in (authors_weights(3), training):
         torch.save(stored, "theirs.pt")
@@ -1137,14 +1198,14 @@ BAD = [  # what is run, and what is added: the sentence contains the name of the
 
 @pytest.mark.parametrize("start, case", [(start, case) for start, cases in BAD for case in cases.split("|")])
 def test_bad_input(start, case, run, done, monkeypatch):
-    whole, stored = Path("out/last.pt").read_bytes(), load()
+    whole = Path("out/last.pt").read_bytes()
     for name, content in dict(empty=b"", latin=b"na\xefve " * 99, few=b"few words " * 99).items():
         Path(f"{name}.txt").write_bytes(content)
-    weights = {part: stored[part] for part in ("model", "config", "options", "tokenizer")}  # as people share them
-    foreign = stored | dict(optimizer={}, options=stored["options"] | dict(steps=9))
-    for name, part in dict(foreign=foreign, weights=weights, other=dict(config=1, model={}), half=None).items():
+    foreign = load() | dict(optimizer={}, options=load()["options"] | dict(steps=9))
+    other = dict(config=1, model={})
+    for name, stored in dict(foreign=foreign, other=other, half=None).items():
         Path(name).mkdir()
-        torch.save(part, f"{name}/last.pt")
+        torch.save(stored, f"{name}/last.pt")
     Path("half/last.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"run_invariants": {"args": {"rope.base": 5e5}}}, "theirs.pt")
     monkeypatch.setitem(sys.modules, "wandb", None)
