@@ -18,7 +18,7 @@ from moeut import PRESETS, MoEUT, MoEUTConfig
 from train import RECIPES, Options, Trainer, cli, macs_per_token, option, parse, pick_device, read_checkpoint
 
 PAIRS = {name: f"dense-{name.split('-')[-1]}" for name in PRESETS if name in ("tiny", "small") or "moeut" in name}
-RECIPE = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip init_from tokenizer".split()
+APART = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip init_from tokenizer".split()  # else seeds of one
 
 
 @dataclass
@@ -79,7 +79,7 @@ def compare(folders: list[str]):
                 sys.exit(f"These cannot be compared: {k} is {common[k]} in {folders[0]} and {v} in {folder}.")
         usual = asdict(replace(PRESETS.get(o.preset, c), vocab_size=c.vocab_size))
         usual |= asdict(Options(**RECIPES.get(o.preset, {})))
-        used = asdict(c) | {k: getattr(o, k) for k in RECIPE}
+        used = asdict(c) | {k: getattr(o, k) for k in APART}
         name = " ".join([o.preset, *sorted(f"{k}={v}" for k, v in used.items() if v != usual[k])])
         groups.setdefault((name, macs_per_token(c, c.block_size)), []).append((bits, run["seconds"], memory))
     print(f"{common['step']} steps of {common['tokens_per_step']} tokens; bits per byte: mean, lowest, highest\n"

@@ -131,8 +131,8 @@ def route(expert: Tensor, n_expert: int) -> Routing:
 
 
 def opaque(name: str, fake):
-    """Hides a function from torch.compile: there it is a custom op, whose shapes `fake` gives. Elsewhere it
-    stays a function, because the first call of a custom op takes 2 seconds, to import the compiler."""
+    """Hides a function from torch.compile: there it is a custom op, whose shapes `fake` gives. Elsewhere it stays a
+    function, because the first call of a custom op takes 2 seconds, to import the compiler."""
     def decorate(function):
         op = torch.library.custom_op(f"moeut::{name}", function, mutates_args=())
         op.register_fake(fake)

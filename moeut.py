@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 #     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]     gate (default 1) and expert are flattened.
 # So fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert.
 # Without fan_in (None, not 1) row i of x is for the i-th sorted slot; without fan_out, row i of out is.
-from cvmm import cvmm, route, top_k
+from cvmm import cvmm, route, sum_dtype, top_k
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Router(nn.Module):
         """n [B, T, C] -> gate and expert, [B, T, *choices, top_k] both; and in training, for the regulariser, the usage
         of all experts by each sequence [B, *choices, n_expert]: a mean softmax, as a count would have no gradient."""
         with torch.autocast(n.device.type, enabled=False):  # in bfloat16, top-k is a tie for a fifth of 244M's tokens
-            dtype = torch.promote_types(n.dtype, torch.float32)
+            dtype = sum_dtype(n)  # float32 at least
             logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
         scores = logits.sigmoid()                                                        # [B, T, *choices, n_expert]
         candidates = logits.detach()  # in the same order as the scores, but sigmoids saturate and tie
@@ -325,8 +325,7 @@ class MoEUT(nn.Module):
         logits, reg = self.lm_head(self.ln(s)), self.regulariser(usage)                  # [B, T, V], []
         if targets is None:
             return Output(logits, None, None, reg)
-        precise = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        cross_entropy = F.cross_entropy(precise, targets.flatten(), ignore_index=-1)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1).to(sum_dtype(logits)), targets.flatten(), ignore_index=-1)
         return Output(logits, cross_entropy + reg, cross_entropy, reg)
 
     def regulariser(self, usage: list[list[tuple]]) -> Tensor:
