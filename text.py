@@ -49,10 +49,9 @@ class Tokenizer:
 
     def stream(self, ids):
         """Text of the tokens as they come, in whole characters, up to the end of text."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for i in itertools.takewhile(lambda i: i != self.end, ids):
-            yield decoder.decode(self.tokens.get(i, b""))  # an id without a token pads the vocabulary
-        yield decoder.decode(b"", final=True)
+        ids = itertools.takewhile(lambda i: i != self.end, ids)
+        tokens = (self.tokens.get(i, b"") for i in ids)  # an id without a token pads the vocabulary
+        return codecs.iterdecode(tokens, "utf-8", errors="replace")
 
 
 class SentencePiece(Tokenizer):
