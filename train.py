@@ -345,7 +345,7 @@ def main():
             trainer.optimizer.load_state_dict(stored["optimizer"])
         except (KeyError, TypeError, ValueError):
             sys.exit(no_state)
-        trainer.optimizer.param_groups[0] |= dict(betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)  # of now
+        trainer.optimizer.param_groups[0] |= trainer.optimizer.defaults  # the numbers of now
         if stored["scaler"]:
             trainer.scaler.load_state_dict(stored["scaler"])
     run |= dict(text_hash=text_hash, options=asdict(o), config=asdict(config), tokenizer=tokenizer.spec)
