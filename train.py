@@ -304,10 +304,8 @@ def main():
     if rest or sequences % batch_size:
         sys.exit(f"--tokens_per_step is {o.tokens_per_step}: it must be block_size x processes = {T * world} times "
                  f"a number up to batch_size = {o.batch_size}, or times a multiple of that.")
-    no_state = f"{out} does not hold an optimizer of this model: --init_from={out} takes the weights alone."
-    run = dict(step=0, seconds=0.0, best=math.inf, metrics=[])
-    if resume and not {*run, "text_hash", "optimizer", "scaler"} <= stored.keys():
-        sys.exit(no_state)
+    if resume and not stored.get("optimizer"):
+        sys.exit(f"{out} does not hold an optimizer: --init_from={out} takes the weights alone.")
     if resume and stored["step"] >= o.steps:
         sys.exit(f"The run in {out} has done its {stored['step']} steps: --steps=N with a larger N goes on.")
 
@@ -339,12 +337,10 @@ def main():
         torch.manual_seed(o.seed)
         model = MoEUT(replace(config, vocab_size=n if tokenizer.name == "bpe" else max(n, asked)))
     trainer, config = Trainer(model, o, device, world), model.config
+    run = dict(step=0, seconds=0.0, best=math.inf, metrics=[])
     if resume:
         run = {k: stored[k] for k in run}
-        try:
-            trainer.optimizer.load_state_dict(stored["optimizer"])
-        except (KeyError, TypeError, ValueError):
-            sys.exit(no_state)
+        trainer.optimizer.load_state_dict(stored["optimizer"])
         trainer.optimizer.param_groups[0] |= trainer.optimizer.defaults  # the numbers of now
         if stored["scaler"]:
             trainer.scaler.load_state_dict(stored["scaler"])
