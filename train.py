@@ -280,7 +280,7 @@ def main():
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on a CPU, and nobody misses them
 
     # Options: of the command line, else of the resumed run, else of the preset's recipe
-    out, resume = Path(given.get("out", Options.out)), given.get("resume", False)
+    out, resume = Path(given.setdefault("out", Options.out)), given.get("resume", False)
     model, tokenizer, stored = None, None, {}
     if resume or "init_from" in given:
         fixed = {"preset", "tokenizer"}
@@ -288,11 +288,11 @@ def main():
         if wrong := min(fixed & {*given, *changes}, default=""):
             sys.exit(f"--{wrong} cannot be given with --{'resume' if resume else 'init_from'}: the checkpoint says it.")
         model, tokenizer, stored = load_model(out / "last.pt" if resume else Path(given["init_from"]), **changes)
+        given |= {k: v for k, v in stored["options"].items() if k in fixed}
     if not resume and (out / "last.pt").exists():
         sys.exit(f"{out} holds a run already: --resume goes on with it, another --out begins a new one.")
-    preset = stored.get("options", given).get("preset", Options.preset)
-    usual = stored["options"] if resume else RECIPES.get(preset, {}) | dict(preset=preset)
-    o = Options(**usual | given | dict(out=str(out)) | (dict(tokenizer=tokenizer.name) if tokenizer else {}))
+    usual = stored["options"] if resume else RECIPES.get(given.get("preset", Options.preset), {})
+    o = Options(**usual | given)
     o.data, device = tuple(map(os.path.abspath, o.data)), pick_device(o.device)
     try:
         config = model.config if model else replace(PRESETS[o.preset], **changes)
