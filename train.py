@@ -329,13 +329,13 @@ def main():
 
     # Model: with the tokenizer's vocabulary, or with a larger one that was asked for
     if not model:
-        n, asked = tokenizer.n_vocab, changes.get("vocab_size", 0)
-        if 0 < asked < n:
+        n, asked = tokenizer.n_vocab, changes.get("vocab_size", tokenizer.n_vocab)
+        if asked < n:
             sys.exit(f"--vocab_size is {asked}, but the tokenizer {tokenizer.name} has {n} tokens.")
         if n < config.vocab_size and tokenizer.name == "bpe":
             print(f"vocabulary: {n} tokens instead of {config.vocab_size}, because its text has no more to merge")
         torch.manual_seed(o.seed)
-        model = MoEUT(replace(config, vocab_size=n if tokenizer.name == "bpe" else max(n, asked)))
+        model = MoEUT(replace(config, vocab_size=n if tokenizer.name == "bpe" else asked))
     trainer, config = Trainer(model, o, device, world), model.config
     run = dict(step=0, seconds=0.0, best=math.inf, metrics=[])
     if resume:
