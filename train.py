@@ -413,9 +413,10 @@ def main():
                 **{"mfu": rate * flops / peak} if peak else {}, **{"skipped": skipped} if skipped else {})
             logged, skipped = (step, run["seconds"]), 0
 
-        if rank == 0 and (step % o.eval_interval == 0 or done or stop):
+        due = step % o.eval_interval == 0 or done
+        if rank == 0 and (due or stop):
             files = ["last.pt"]
-            if done or not stop:
+            if due:
                 loss = evaluate(model, val_data, o.eval_tokens, batch_size, trainer.autocast)
                 if loss < run["best"]:
                     files, run["best"] = ["best.pt", "last.pt"], loss  # in this order: a kill may come between
