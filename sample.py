@@ -51,7 +51,7 @@ def load(o: SampleOptions) -> tuple[MoEUT, Tokenizer]:
     if not args and "embedding.weight" not in stored:
         if o.tokenizer or o.preset:
             sys.exit(f"--{'tokenizer' if o.tokenizer else 'preset'} cannot be given: {path} says what it is.")
-        return load_model(path)[:2]
+        return load_model(path, stored)[:2]
     if not o.tokenizer or not o.preset:
         sys.exit(f"{path} holds weights of the authors: give also --tokenizer=file.model and --preset=moeut-44M or so.")
     same = {"transformer.universal.group_type": "abab", "rope.rotate_fraction": 0.5, "rope.base": 10000}

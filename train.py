@@ -144,9 +144,9 @@ def read_checkpoint(path: Path) -> dict:
         sys.exit(f"{path} is not a checkpoint, or it is damaged.")
 
 
-def load_model(path: Path, **changes) -> tuple[MoEUT, Tokenizer, dict]:
+def load_model(path: Path, stored: dict | None = None, **changes) -> tuple[MoEUT, Tokenizer, dict]:
     """The model of a checkpoint, its config changed where the weights allow it; its tokenizer; all that it holds."""
-    stored = read_checkpoint(path)
+    stored = stored or read_checkpoint(path)
     try:
         Options(**stored["options"])  # or it is of another program, or of another version of this one
         model = MoEUT(MoEUTConfig(**stored["config"] | changes))
