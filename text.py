@@ -72,17 +72,19 @@ class SentencePiece(Tokenizer):
 
 # Text to tokens, in memory-mapped files of the user's cache folder that all runs on the same text share --------------
 
+WRITTEN = ("last.pt", "best.pt", "metrics.jsonl", "loss.png")  # by train.py, in the folder of a run
+
 
 def find_files(patterns) -> list[Path]:
     """The files that --data names, each once; in a folder not the hidden ones, nor those of a run of this program."""
     if not patterns:  # the standard library: real code and prose, on every machine
         root, skip = Path(os.__file__).parent, {"test", "tests", "idle_test", "site-packages", "dist-packages"}
         return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
-    files, written = set(), {"last.pt", "best.pt", "metrics.jsonl", "loss.png"}  # by train.py
+    files = set()
     for pattern in patterns:
         tops = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         found = {Path(p) for top in tops for p in (top, *glob.glob(f"{glob.escape(top)}/**", recursive=True))}
-        found = {p.resolve() for p in found if p.is_file() and (p.name not in written or str(p) in tops)}
+        found = {p.resolve() for p in found if p.is_file() and (p.name not in WRITTEN or str(p) in tops)}
         if not found:
             sys.exit(f"--data: there is no text at {pattern!r}: give a file, a folder with files, or a pattern.")
         files |= found

@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 import cvmm
 from moeut import PRESETS, MoEUT, MoEUTConfig
-from text import Tokenizer, aside, batch, load_text, window_starts
+from text import WRITTEN, Tokenizer, aside, batch, load_text, window_starts
 
 # Options and recipes: a dataclass is the command line, with the range of every number beside it ----------------------
 
@@ -309,8 +309,9 @@ def main():
     if resume and stored["step"] >= o.steps:
         sys.exit(f"The run in {out} has done its {stored['step']} steps: --steps=N with a larger N goes on.")
 
-    for left in out.glob("*.*.[0-9]*.part"):  # of a run that was killed
-        left.unlink(missing_ok=True)
+    for name in WRITTEN:
+        for left in out.glob(f"{name}.*.part"):  # of a run that was killed
+            left.unlink(missing_ok=True)
 
     # Text: rank 0 writes the tokens, and tells the others its tokenizer once these are there
     if rank > 0:
