@@ -134,6 +134,9 @@ def aside(path: Path):
         with open(part, "wb") as file:
             yield file
         os.replace(part, path)
+    except OSError as e:
+        e.filename = e.filename or path  # which a full disk does not say
+        raise
     except RuntimeError:  # of torch.save
         sys.exit(f"{path} cannot be written. Is the disk full? What was saved before is kept.")
     finally:
