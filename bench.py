@@ -36,17 +36,15 @@ def bench(b: BenchOptions, rounds: int = 9):
     names, device = (b.preset, PAIRS[b.preset]), pick_device(b.device)
     torch.set_float32_matmul_precision("high")  # as in training
     o = Options(**RECIPES[b.preset] | dict(dtype=b.dtype, compile=b.compile))
-    models = [MoEUT(PRESETS[name]) for name in names]
+    models = [MoEUT(PRESETS[name]).eval() for name in names]  # for decoding; a step sets training mode itself
     c = models[0].config  # both have the same vocabulary and block_size
     x = torch.randint(c.vocab_size, (b.batch_size or o.batch_size, c.block_size)).to(device)
     steps = [functools.partial(Trainer(model, o, device).step, [(x, x)], 1e-3) for model in models]
     texts = [functools.partial(next, model.generate(x[:1, : c.block_size // 2], 10**6)) for model in models]
     table = {"parameters": [sum(p.numel() for p in model.parameters()) for model in models],
              "MACs per token": [macs_per_token(model.config, c.block_size) for model in models]}
-    for what, pair, repeats in ((f"step of {x.numel()} tokens, ms", steps, 1), ("decoding a token, ms", texts, 10)):
+    for what, pair, repeats in (("decoding a token, ms", texts, 10), (f"step of {x.numel()} tokens, ms", steps, 1)):
         times = np.zeros((rounds + 2, 2))
-        for model in models:
-            model.eval()  # for decoding; a training step leaves it by itself
         for i, j in np.ndindex(times.shape):  # in turn
             start = time.perf_counter()
             for _ in range(repeats):
