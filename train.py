@@ -178,7 +178,7 @@ def pick_device(name: str) -> torch.device:
         tensor = torch.zeros(1, device="cpu" if name == "auto" else name)
         tensor.item()  # which the meta device, for one, has not
         return tensor.device
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         sys.exit(f"--device={name} cannot be used ({str(e).splitlines()[0]:.80}): --device=cpu always works.")
 
 
