@@ -18,13 +18,13 @@ from moeut import PRESETS, MoEUT, MoEUTConfig
 from train import RECIPES, Options, Trainer, cli, macs_per_token, option, parse, pick_device, read_checkpoint
 
 PAIRS = {name: f"dense-{name.split('-')[-1]}" for name in PRESETS if name in ("tiny", "small") or "moeut" in name}
-APART = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip init_from tokenizer".split()  # else seeds of one
+APART = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip dtype init_from tokenizer".split()  # else seeds
 
 
 @dataclass
 class BenchOptions:
     preset: str = option("small", "the MoEUT", choices=PAIRS)
-    batch_size: int = option(0, "sequences of a step; 0 takes those of the preset's recipe", 0)
+    batch_size: int = option(0, "sequences at a time; 0 takes those of the preset's recipe", 0)
     device: str = option("auto", "auto is cuda, or else cpu; also cuda:1, mps")
     dtype: str = option("auto", "precision of the step's matmuls", choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = option("auto", "torch.compile; auto is yes on CUDA with Triton", choices=("auto", "yes", "no"))

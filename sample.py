@@ -1,6 +1,6 @@
 """Sample text from a checkpoint of train.py, look at its experts, or score it.
 
-    python sample.py                                     the last run, from nothing
+    python sample.py                                     the run in out, from nothing
     python sample.py --prompt="def main" --n_samples=3
     python sample.py --prompt_file=story.txt             a file, or - for standard input
     python sample.py --prompt="def main" --show_experts  which experts the tokens choose, layer by layer
@@ -124,7 +124,7 @@ def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
         expert = repeats.view(len(repeats), len(words), -1, router.top_k)        # [R, T, choices, K]
         counts = F.one_hot(expert, n).sum((1, 3))                                # [R, choices, n]
         p = counts.sum(0) / counts.sum((0, 2))[:, None]                          # [choices, n]
-        evenness = (torch.special.entr(p).sum(-1) / math.log(n)).mean()
+        evenness = (torch.special.entr(p).sum(-1) / math.log(max(n, 2))).mean()
         same = (expert[1:, ..., None] == expert[:-1, ..., None, :]).any(-1).float().mean()
         kept = f"{same:.0%}" if len(repeats) > 1 else "-"
         print(f"{name:32} {(p > 0).float().mean():6.0%} {evenness:16.2f} {kept:>27}")

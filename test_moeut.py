@@ -777,7 +777,8 @@ def test_tokenizer_round_trip(name, n_vocab, run):
 
 
 def test_vocabulary(run):
-    """Smaller than asked for if the text has no more to merge; padded only on request, with tokens that are no text."""
+    """Smaller than asked for if the text has no more to merge; padded only on request, with tokens that are no text. It
+    is made of many files if they are short, and of pieces of a file of one line."""
     Path("few.txt").write_text("abab " * 900 + "xyxy " * 100)  # which is for validation
     printed = run(train, *SMALL, "--steps=1", "--data=few.txt", "--vocab_size=5000", "--out=few").out
     size, ranks = len(load("few")["model"]["lm_head.weight"]), load("few")["tokenizer"]["mergeable_ranks"]
@@ -785,6 +786,12 @@ def test_vocabulary(run):
     assert b"ab" in ranks and b"xy" not in ranks
     run(train, *SMALL, "--steps=1", "--tokenizer=bytes", "--vocab_size=1000")
     assert len(load()["model"]["lm_head.weight"]) == 1000 and run(sample, "--temperature=9").out
+    Path("many").mkdir()
+    for i in range(400):
+        Path(f"many/{i}.txt").write_text(chr(0x4E00 + i))  # of three bytes, the last of which is its own
+    Path("line.txt").write_text("x" * 5_000_000)
+    assert max(map(len, text.texts(Path("line.txt")))) <= 2**21
+    assert 256 + 350 < read("many", tokenizer="bpe", vocab_size=5000)[0].n_vocab
 
 
 def test_tokens_are_cached(run):
@@ -819,7 +826,8 @@ def test_documents(n, run, capsys):
         Path("docs", name).write_bytes(content)
     os.symlink("sub/0.txt", "docs/link.txt")
     _, *ids, bits, text_hash = read("docs", "docs/sub/*.txt")
-    assert re.fullmatch(r"left out, because it is not UTF-8 text: .*latin\.txt\n", capsys.readouterr().out)
+    said = re.sub("tokenizing: .*\n", "", capsys.readouterr().out)  # if it takes long
+    assert re.fullmatch(r"left out, because it is not UTF-8 text: .*latin\.txt\n", said)
     parts = [decoded(part) for part in ids]
     assert sorted("".join(parts).split("\0")) == ["", *sorted(documents)] and parts[1][-1] == "\0"
     assert len(parts[0].replace("\0", "")) == int(0.9 * sum(map(len, documents)))
@@ -908,16 +916,16 @@ def test_learns_from_context(run):
 @pytest.mark.parametrize("number, dtype, other", [
     (signal.SIGINT, "float32", "bfloat16"), (signal.SIGTERM, "float16", "float32")])
 def test_resume_changes_no_bit(number, dtype, other, run):
-    """Interrupted after 4 of 6 steps and moved: as if nothing had happened. Also another dtype."""
-    options, evaluate = [*SMALL, "--dropout=0.1", "--sample_tokens=0", f"--dtype={dtype}"], train.evaluate
+    """Interrupted in a step that is due for evaluation, and moved: as if nothing had happened. Also another dtype."""
+    options, rate = [*SMALL, "--dropout=0.1", "--sample_tokens=0", f"--dtype={dtype}"], train.learning_rate
     run(train, *options, "--out=straight")
-    with (mock.patch("train.evaluate", lambda *args: (signal.raise_signal(number), evaluate(*args))[1]),
-          pytest.raises(SystemExit, match="^Stopped after step 4, saved in parts: .*--resume --out=parts` goes on")):
+    with (mock.patch("train.learning_rate", lambda i, o: (i == 2 and signal.raise_signal(number), rate(i, o))[1]),
+          pytest.raises(SystemExit, match="^Stopped after step 3, saved in parts: .*--resume --out=parts` goes on")):
         run(train, *options, "--out=parts")
     Path("parts").rename("out")
     Path("text.txt").rename("moved.txt")
     run(train, "--resume", "--data=~/moved.txt")
-    for part in ("step", "model", "optimizer", "scaler"):
+    for part in ("step", "best", "model", "optimizer", "scaler"):
         torch.testing.assert_close(load()[part], load("straight")[part], rtol=0, atol=0)
     assert all(logged("out", key) == logged("straight", key) for key in ("loss", "val_loss"))
     assert bool(load()["scaler"]) == (dtype == "float16") and load()["options"]["out"] == "out"
@@ -939,7 +947,7 @@ def test_init_from(run):
     assert load("new")["step"] == 1 and load("new")["config"]["n_layer"] == 3
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device", "out/best.pt"), RuntimeError("of torch")])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("of torch")])
 def test_a_full_disk_keeps_the_last_checkpoint(failure, run, done, monkeypatch):
     """And no half of another. What a run that was killed has left goes when the run goes on, and nothing else. A file
     that may not be read is not called damaged."""
@@ -954,10 +962,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(failure, run, done, monkeypatch):
     denied = PermissionError(13, "Permission denied", "out/last.pt")
     with mock.patch("torch.load", side_effect=denied), pytest.raises(SystemExit, match="^out/last.pt: Permission"):
         run(train, "--resume", "--steps=9")
-    Path("out/last.pt.1.part").touch(), Path("out/film.mkv.part").touch()
+    Path("out/last.pt.1.part").touch(), Path("out/a.film.1080p.part").touch()
     monkeypatch.chdir("out")  # the text is found from anywhere
     run(train, "--resume", "--steps=9", "--out=.")
-    assert load(".")["step"] == 9 and [*map(str, Path().glob("*.part"))] == ["film.mkv.part"]
+    assert load(".")["step"] == 9 and [*map(str, Path().glob("*.part"))] == ["a.film.1080p.part"]
 
 
 def test_steps_that_are_not_finite(run, done, monkeypatch):
@@ -1028,17 +1036,17 @@ def test_how_a_step_is_divided_changes_nothing(run):
 
 def test_help_compare_and_bench(run):
     """Mean and range over the seeds; a changed model or recipe stands apart. A run outlives the name of its preset."""
-    for name, option in zip("abcd", ("--seed=1", "--seed=2", "--lr=2e-3", "--top_k=1"), strict=True):
-        run(train, *SMALL, option, f"--out={name}")
-    lines = run(bench, "--compare", *"abcd").out.splitlines()
-    (two,) = [line.split()[-7:] for line in lines if line.startswith("tiny") and not re.search("top_k=1|lr=", line)]
+    for name, option in zip("abcde", ("seed=1", "seed=2", "lr=2e-3", "dtype=bfloat16", "top_k=1"), strict=True):
+        run(train, *SMALL, f"--{option}", f"--out={name}")
+    lines = run(bench, "--compare", *"abcde").out.splitlines()
+    (two,) = [line.split()[-7:] for line in lines if line.startswith("tiny") and not re.search("top_k|lr=|dtype", line)]
     bits = [logged(name, "val_bits_per_byte")[6] for name in ("a", "b")]
     assert [float(x) for x in (two[0], *two[2:5])] == pytest.approx([2, sum(bits) / 2, *sorted(bits)], abs=1e-4)
-    stored = load("d")
+    stored = load("e")
     stored["options"]["preset"], stored["metrics"][0]["peak_mib"] = "gone", None  # as on Windows
-    torch.save(stored, "d/last.pt")
-    assert {line.split()[0] for line in run(bench, "--compare", "~/a", "d").out.splitlines()[2:]} == {"tiny", "gone"}
-    run(train, "--resume", "--out=d", "--steps=7")
+    torch.save(stored, "e/last.pt")
+    assert {line.split()[0] for line in run(bench, "--compare", "~/a", "e").out.splitlines()[2:]} == {"tiny", "gone"}
+    run(train, "--resume", "--out=e", "--steps=7")
     table = run(bench, "--preset=tiny", "--batch_size=1").out
     assert len(re.findall(r"^.+[\d,.]+ +[\d,.]+ +\d+\.\d\d$", table, re.MULTILINE)) == 4
     for said, *command in (("0", train, "--help"), ("0", sample, "--help"), ("0", bench, "--help"),
@@ -1074,9 +1082,9 @@ def test_sample(run, done):
     assert sampled("--prompt_file=~/prompt.txt", "--out=~/weights") == sampled("--prompt=naïve\r\n 🙂")
     three = sampled("--prompt=12 ·", "--n_samples=3").split("\n" + "-" * 60 + "\n")
     assert len(set(three)) == 4 and three[3] == "" and all(text.startswith("12 ·") for text in three[:3])
-    with mock.patch("sys.stdout", io.StringIO()) as notebook:
+    with mock.patch("sys.stdout", io.StringIO()) as notebook, mock.patch("torch.load", wraps=torch.load) as reads:
         sampled("--seed=1")
-    assert notebook.getvalue() == sampled("--seed=1")
+    assert notebook.getvalue() == sampled("--seed=1") and reads.call_count == 1
     set_end(1e9)
     ended = run(sample, "--n_samples=2", "--prompt=1")
     assert ended.out == ("1\n" + "-" * 60 + "\n") * 2 and re.fullmatch("2 tokens in .* tokens/s on cpu\n", ended.err)
@@ -1109,8 +1117,9 @@ def test_show_experts(run, done):
     model.eval()(torch.tensor([tokenizer.encode("naïve 12").tolist()]))
     shown = [[int(e) for e in re.findall(r"\[(\d)\]", part)] for part in printed.split("application")[1:]]
     assert shown == best and "\x1b" not in printed and "layers.0.attention.router " in printed
-    run(train, *SMALL, "--steps=1", "--group_size=2", "--out=apart")  # no layer is repeated
-    assert run(sample, "--out=apart", "--show_experts").out.count(" -\n") == 4
+    run(train, *SMALL, "--steps=1", "--group_size=2", "--n_expert=1", "--top_k=1", "--out=apart")  # nothing is repeated
+    table = run(sample, "--out=apart", "--show_experts").out
+    assert table.count(" -\n") == 4 and "nan" not in table
 
 
 PAIRS = [("12 ·", " 19 = 228", " 20 = 22"), ("", "naïve", "🙂🙂🙂"), ("3 · 10 = 30 — naïve 🙂 4 · 11", " = 44", " 🙂")]
@@ -1177,7 +1186,7 @@ BAD = [  # what is run, and what is added: the sentence contains the name of the
         --nonsense=1 | --steps=many | --steps=0 → steps is 0 | --lr=nan → lr is nan | --beta2=1 | --seed=-1 |
         --data= | --data=missing.txt → missing.txt | --data=empty.txt → more text | --data=latin.txt → more text |
         --tokens_per_step=65 | --n_layer=3 --group_size=2 → n_layer | --top_k=9 | --ffn_reg=nan | --preset=huge → huge |
-        --dtype=int8 → int8 | --device=cuda:99 → cuda:99 | --vocab_size=100 | --wandb |
+        --dtype=int8 → int8 | --device=cuda:99 → cuda:99 | --device=hpu → hpu | --vocab_size=100 | --wandb |
         --tokenizer=klingon → klingon | --out=text.txt → text.txt | --out=out → --resume |
         --init_from=out --tokenizer=x → --init_from | --init_from=out --n_embd=32 → model that fits .size mismatch"""),
     ([train], """

@@ -92,10 +92,11 @@ def find_files(patterns) -> list[Path]:
 
 
 def texts(path: Path):
-    """The text of a file in pieces of whole lines, about a megabyte each. Raises UnicodeDecodeError."""
+    """The text of a file in pieces of about a megabyte, of whole lines unless they are as long. Raises
+    UnicodeDecodeError."""
     with open(path, encoding="utf-8", newline="") as file:
-        while lines := file.readlines(1 << 20):
-            yield "".join(lines)
+        while text := file.read(1 << 20) + file.readline(1 << 20):
+            yield text
 
 
 def read_documents(files: list[Path]) -> list[tuple[str, int, Path]]:
@@ -173,8 +174,11 @@ def load_text(patterns, name: str, vocab_size: int, tokenizer: Tokenizer | None)
     files = find_files(patterns)
     documents = functools.cache(lambda: read_documents(files))
     if not tokenizer:
-        train = (text for part, text in split(documents()) if part == 0 and text) if name == "bpe" else ()
-        tokenizer = Tokenizer(make_spec(name, itertools.islice(train, 200), vocab_size))  # a piece: up to 1 MB
+        train, enough = (), 200  # pieces for the tokenizer, or as many as make a million characters, if they are short
+        if name == "bpe":
+            train = (text for part, text in split(documents()) if part == 0 and text)
+            enough = max(enough, 10**6 * len(documents()) // (1 + sum(n for _, n, _ in documents())))
+        tokenizer = Tokenizer(make_spec(name, itertools.islice(train, enough), vocab_size))
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     key = repr([tokenizer.spec, [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]]).encode()
     cache = os.getenv("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

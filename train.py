@@ -47,8 +47,8 @@ class Options:
     data: tuple = option((), "text files, folders or patterns; none: the Python standard library")
     tokenizer: str = option("bpe", "bpe (trained on the text), bytes, or a name known to tiktoken")
     out: str = option("out", "folder of the run")
-    resume: bool = option(False, "go on from the last checkpoint in --out, with its options, unless given anew")
-    preset: str = option("tiny", "model and recipe: PRESETS in moeut.py, RECIPES in train.py", choices=PRESETS)
+    resume: bool = option(False, "go on from the last checkpoint in --out; --steps, --lr, ... may be new")
+    preset: str = option("tiny", "model, and recipe instead of these defaults: PRESETS, RECIPES", choices=PRESETS)
     init_from: str = option("", "begin with another run's weights and tokenizer; --n_layer, --dropout, ... may differ")
     steps: int = option(700, "optimizer steps", 1)
     tokens_per_step: int = option(2048, "tokens for one optimizer step, over all processes", 1)
@@ -88,7 +88,7 @@ def parse(doc: str, *classes) -> list[dict]:
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: sys.exit(f"{message}; --help lists all options.")  # without the page of usage
     for f in [f for c in classes for f in fields(c)]:
-        kind, about = type(f.default), {"help": "the model's, see MoEUTConfig", **f.metadata}
+        kind, about = type(f.default), {"help": "see MoEUTConfig in moeut.py", **f.metadata}
         choices, read = about.get("choices"), about.get("read", str) if kind in (str, tuple) else kind
         how = dict(type=read, choices=choices, metavar=None if choices else kind.__name__.upper())
         how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+", type=read)}.get(kind, how)
@@ -123,7 +123,7 @@ def cli(main):
         if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
             sys.exit("This does not fit into memory: take a smaller --batch_size, --recompute, or a smaller model.")
         if dist.is_initialized() and "onnection" in str(e):
-            sys.exit("Another process of this run has ended, so this one does: --resume goes on from the checkpoint.")
+            sys.exit("Another process of this run has ended, so this one does: --resume goes on from what was saved.")
         raise
 
 
@@ -334,7 +334,7 @@ def main():
         if asked < n:
             sys.exit(f"--vocab_size is {asked}, but the tokenizer {tokenizer.name} has {n} tokens.")
         if n < config.vocab_size and tokenizer.name == "bpe":
-            print(f"vocabulary: {n} tokens instead of {config.vocab_size}, because its text has no more to merge")
+            print(f"vocabulary: {n} tokens instead of {config.vocab_size}: the text has no more to merge")
         torch.manual_seed(o.seed)
         model = MoEUT(replace(config, vocab_size=n if tokenizer.name == "bpe" else asked))
     trainer, config = Trainer(model, o, device, world), model.config
@@ -349,8 +349,8 @@ def main():
     first_step, stored = run["step"] + 1, None  # frees its memory
 
     print("model:", *(f"--{k}={v}" for k, v in asdict(config).items()))
-    shown = asdict(o) | dict(data=" ".join(o.data))
-    print("options:", *(f"--{k}" + f"={v}" * (v is not True) for k, v in shown.items() if v != "" and v is not False))
+    shown = {k: v for k, v in (asdict(o) | dict(data=" ".join(o.data))).items() if v != "" and v is not False}
+    print("options:", *(f"--{k}" if v is True else f"--{k} {v}" for k, v in shown.items()))  # as one can type them
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {macs_per_token(config, T):,} MACs per token; "
           f"{len(data) / 1e6:.2f}M tokens to train on, {len(val_data) / 1e6:.2f}M for validation; {world} x {device}, "
           f"{str(trainer.dtype)[6:]}, {'' if trainer.compiled else 'not '}compiled, experts by {cvmm.backend(device)}")
