@@ -102,26 +102,26 @@ class Router(nn.Module):
     """Lets every token choose experts. A linear map gives `logits`, one for each expert; the `scores` are their
     sigmoids; the experts with the `top_k` largest scores are chosen; the `gate` of a chosen expert is its score, by
     which its output is multiplied. Scores are not normalised: experts do not compete for a share. Any number of tokens
-    can choose the same. One router can make several choices: for values and outputs of H heads, `choices` is (2, H)."""
+    can choose the same. There may be several `pools`, with top_k chosen from each: for values and outputs, (2, H)."""
 
-    def __init__(self, c: MoEUTConfig, n_expert: int, top_k: int, choices: tuple[int, ...] = ()):
+    def __init__(self, c: MoEUTConfig, n_expert: int, top_k: int, pools: tuple[int, ...] = ()):
         super().__init__()
-        self.shape, self.top_k, self.expert_dropout = (*choices, n_expert), top_k, c.expert_dropout
+        self.shape, self.top_k, self.expert_dropout = (*pools, n_expert), top_k, c.expert_dropout
         self.w = normal(c, math.prod(self.shape), c.n_embd, inputs=c.n_embd)
 
     def forward(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """n [B, T, C] -> gate and expert, [B, T, *choices, top_k] both; and in training, for the regulariser, the usage
-        of all experts by each sequence [B, *choices, n_expert]: a mean softmax, as a count would have no gradient."""
+        """n [B, T, C] -> gate and expert, [B, T, *pools, top_k] both; and in training, for the regulariser, the usage
+        of all experts by each sequence [B, *pools, n_expert]: a mean softmax, as a count would have no gradient."""
         with torch.autocast(n.device.type, enabled=False):  # in bfloat16, top-k is a tie for a fifth of 244M's tokens
             dtype = sum_dtype(n)  # float32 at least
-            logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *choices, n_expert]
-        scores = logits.sigmoid()                                                        # [B, T, *choices, n_expert]
+            logits = F.linear(n.to(dtype), self.w.to(dtype)).unflatten(-1, self.shape)   # [B, T, *pools, n_expert]
+        scores = logits.sigmoid()                                                        # [B, T, *pools, n_expert]
         candidates = logits.detach()  # in the same order as the scores, but sigmoids saturate and tie
         if self.training and self.expert_dropout:
             candidates = candidates - 1e3 * (torch.rand_like(logits) < self.expert_dropout)  # the last to be chosen
-        expert = top_k(candidates, self.top_k)                                           # [B, T, *choices, top_k]
-        gate = scores.gather(-1, expert)                                                 # [B, T, *choices, top_k]
-        usage = logits.softmax(-1).mean(1) if self.training else None                    # [B, *choices, n_expert]
+        expert = top_k(candidates, self.top_k)                                           # [B, T, *pools, top_k]
+        gate = scores.gather(-1, expert)                                                 # [B, T, *pools, top_k]
+        usage = logits.softmax(-1).mean(1) if self.training else None                    # [B, *pools, n_expert]
         return gate, expert, usage
 
 
@@ -209,7 +209,7 @@ class SwitchHead(nn.Module):
         super().__init__()
         C, H, D, A = c.n_embd, c.n_head, c.head_size, c.n_att_expert
         self.w_qk = normal(c, 2 * H * D, C, inputs=C)
-        self.router = Router(c, A, c.att_top_k, choices=(2, H))
+        self.router = Router(c, A, c.att_top_k, pools=(2, H))
         self.w_v, self.w_o = normal(c, H * A, C, D, inputs=C), normal(c, H * A, D, C, inputs=H * D)
 
     def forward(self, x: Tensor, n: Tensor, rotary, cache: LayerCache | None = None) -> tuple[Tensor, Tensor | None]:
@@ -330,9 +330,9 @@ class MoEUT(nn.Module):
 
     def regulariser(self, usage: list[list[tuple]]) -> Tensor:
         """Without it a few experts could win every token, and the others never learn. p, the usage by a sequence in all
-        repeats of a layer, sums to 1 over the n experts of a choice: one choice in a feedforward, 2 H in an attention.
+        repeats of a layer, sums to 1 over the n experts of a pool: one pool in a feedforward, 2 H in an attention.
         The loss gets weight * (sum of p log p), between -log n (all are used alike) and 0 (one takes all): its mean
-        over batch and heads, summed over values, outputs and layers. usage[g][i] is of repeat i of layer g."""
+        over batch and heads, summed over values, outputs and the G layers. usage[g][i] is of repeat i of layer g."""
         total = torch.zeros((), device=self.lm_head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None

@@ -121,9 +121,9 @@ def show_experts(model: MoEUT, tokenizer: Tokenizer, idx: torch.Tensor):
     for name, router in routers.items():
         n = router.shape[-1]
         repeats = torch.stack([expert for called, _, expert in calls if called == name])
-        expert = repeats.view(len(repeats), len(words), -1, router.top_k)        # [R, T, choices, K]
-        counts = F.one_hot(expert, n).sum((1, 3))                                # [R, choices, n]
-        p = counts.sum(0) / counts.sum((0, 2))[:, None]                          # [choices, n]
+        expert = repeats.view(len(repeats), len(words), -1, router.top_k)        # [R, T, pools, K]
+        counts = F.one_hot(expert, n).sum((1, 3))                                # [R, pools, n]
+        p = counts.sum(0) / counts.sum((0, 2))[:, None]                          # [pools, n]
         evenness = (torch.special.entr(p).sum(-1) / math.log(max(n, 2))).mean()
         same = (expert[1:, ..., None] == expert[:-1, ..., None, :]).any(-1).float().mean()
         kept = f"{same:.0%}" if len(repeats) > 1 else "-"
