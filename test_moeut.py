@@ -626,10 +626,22 @@ def test_offsets_beyond_32_bits(size, strides, monkeypatch):
     close(ours, output_and_grads(lambda x, w: cvmm.definition(x, w, expert, 2), (x.float(), w.float())), 2e-3)
 
 
-def test_tf32_follows_the_switch_of_torch():
+def test_gpus(monkeypatch):
+    """torchrun gives each process one. Those too old for the kernels, such as a T4 beside an A100, do without, also
+    under torch.compile, which cannot look into the question. TF32 follows the switch of torch."""
+    gpus = {torch.device("cuda:0"): (7, 5), torch.device("cuda:1"): (8, 0)}
+    monkeypatch.setattr(cvmm, "triton", True)
+    monkeypatch.setattr(cvmm, "capability", lambda gpu: os.getpid() and gpus[gpu])
+    assert [*map(cvmm.backend, gpus)] == ["PyTorch", "Triton"]
+    ask = torch.compile(lambda x, gpu: x + (cvmm.backend(gpu) == "Triton"), backend="eager", fullgraph=True)
+    assert [ask(torch.zeros(1), gpu) for gpu in gpus] == [0, 1]
     for precision in ("tf32", "ieee"):  # which is also the default
         torch.backends.cuda.matmul.fp32_precision = precision
         assert cvmm.schedule(torch.empty(1))["PRECISION"] == precision
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda _, device: mock.Mock(device=device))
+    assert [*map(train.pick_device, ("cpu", "auto", "cuda"))] == ["cpu", "cuda:1", "cuda:1"]
 
 
 def compile_kernels(everything):
@@ -847,24 +859,6 @@ def test_learning_rate_and_recipes():
         o = train.Options(**train.RECIPES[name])
         assert (o.lr, o.beta1, o.beta2, o.weight_decay, o.final_lr, o.hold) == (2.5e-4, 0.9, 0.999, 0.01, 0.1, 0)
         assert (o.steps, o.tokens_per_step, o.warmup, o.grad_clip) == (100_000, 65_536, warmup, grad_clip)
-
-
-def test_devices(monkeypatch):
-    """torchrun gives each process a GPU."""
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "zeros", lambda _, device: mock.Mock(device=device))
-    assert [*map(train.pick_device, ("cpu", "auto", "cuda"))] == ["cpu", "cuda:1", "cuda:1"]
-
-
-@needs_triton
-def test_gpus_too_old_for_the_kernels():
-    """Such as a T4 beside an A100, also under torch.compile, which cannot look into the question."""
-    gpus = {torch.device("cuda:0"): (7, 5), torch.device("cuda:1"): (8, 0)}
-    ask = torch.compile(lambda x, gpu: x + (cvmm.backend(gpu) == "Triton"), backend="eager", fullgraph=True)
-    with mock.patch("cvmm.capability", lambda gpu: os.getpid() and gpus[gpu]):
-        assert [*map(cvmm.backend, gpus)] == ["PyTorch", "Triton"]
-        assert [ask(torch.zeros(1), gpu) for gpu in gpus] == [0, 1]
 
 
 def test_train_then_sample(run):
