@@ -289,22 +289,9 @@ def test_expert_dropout(E, K, p, kept):
           [logits.topk(K).indices.sort().values, logits.sigmoid().gather(-1, expert), logits.softmax(-1).mean(1)])
 
 
-def loss_and_grads(model, run, idx):
-    torch.manual_seed(0)  # of dropout
-    out = run(idx, idx.flip(1))
-    return out.cross_entropy.detach(), out.reg.detach(), *torch.autograd.grad(out.loss, list(model.parameters()))
-
-
-def test_dropout_and_recompute():
-    """Dropout acts in training only. Activation checkpointing runs every layer twice, and changes no number."""
-    model, idx, calls = make(dropout=0.3, expert_dropout=0.3), tokens(2, 16), []
-    for noisy in (make(dropout=0.3), make(expert_dropout=0.3)):
-        assert not torch.equal(noisy(idx).logits, noisy(idx).logits)
-    kept = loss_and_grads(model, model, idx)
-    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    model.recompute = True
-    close(loss_and_grads(model, model, idx), kept)
-    assert len(calls) == 4  # in two repeats
+def test_dropout_acts_in_training_only():
+    model, idx = make(dropout=0.3), tokens(2, 16)
+    assert not torch.equal(model(idx).logits, model(idx).logits)
     assert torch.equal(model.eval()(idx).logits, model(idx).logits)
 
 
@@ -313,19 +300,27 @@ def test_dropout_and_recompute():
     ("Transformer", True, False)])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=[
     pytest.mark.slow, pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")])])
-def test_compile(compiler, name, training, recompute):
+def test_compile_and_recompute(compiler, name, training, recompute):
     """All layers and repeats share a graph, whatever the experts chosen; rotary table and head have one each. For other
-    shapes there is a second one of each. Layers that are recomputed have none: in 2.13 gradients would be wrong."""
+    shapes there is a second one of each. Layers that are recomputed, with the dropout they had, have none: in 2.13
+    gradients would be wrong."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    def loss_and_grads(run, idx, recompute):
+        torch.manual_seed(0)  # of dropout
+        model.recompute = recompute
+        out = run(idx, idx.flip(1))
+        return out.cross_entropy.detach(), out.reg.detach(), *torch.autograd.grad(out.loss, list(model.parameters()))
+
     torch.compiler.reset()
-    model, counter = MoEUT(tiny(**FAMILY[name])).train(training), CompileCounterWithBackend(compiler)
-    model.recompute = recompute
+    dropout = dict(dropout=0.3, expert_dropout=0.3) if recompute else {}
+    model, counter = MoEUT(tiny(**FAMILY[name], **dropout)).train(training), CompileCounterWithBackend(compiler)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for graphs, *shape in ((3, 4, 16), (3, 4, 16), *([] if training else [(6, 2, 9), (6, 3, 13)])):
         idx = tokens(*shape)
-        close(loss_and_grads(model, compiled, idx), loss_and_grads(model, model, idx))
-        assert counter.frame_count == graphs - recompute
+        with mock.patch("moeut.checkpoint", wraps=moeut.checkpoint) as checkpoint:
+            close(loss_and_grads(compiled, idx, recompute), loss_and_grads(model, idx, False))
+        assert counter.frame_count == graphs - recompute and checkpoint.call_count == 4 * recompute
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
