@@ -594,18 +594,16 @@ def test_top_k(path, n_expert, k):
 
 @needs_triton
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
-def test_model_trains(dtype, tolerance, monkeypatch):
-    """From the loss of a model that knows nothing to a batch known by heart; two steps also through the kernels."""
-    def losses(path, steps):
+def test_training_through_the_kernels(dtype, tolerance, monkeypatch):
+    """Of a whole model: two steps have the losses that they have without kernels."""
+    losses = {}
+    for path in ("PyTorch", "Triton"):
         monkeypatch.setattr(cvmm, "force", path)
         torch.manual_seed(0)
         model, idx = MoEUT(tiny(n_layer=1, group_size=1, n_head=1, n_expert=3)), tokens(1, 6).to(DEVICE)
         trainer = train.Trainer(model, train.Options(dtype=dtype, compile="no"), torch.device(DEVICE))
-        return [trainer.step([(idx[:, :-1], idx[:, 1:])], 1e-2)[0] for _ in range(steps)]
-
-    ours, theirs = losses("Triton", 2), losses("PyTorch", 40)
-    assert ours == pytest.approx(theirs[:2], rel=tolerance)
-    assert ours[0] == pytest.approx(math.log(33), rel=0.2) and theirs[-1] < 0.05
+        losses[path] = [trainer.step([(idx[:, :-1], idx[:, 1:])], 1e-2)[0] for _ in range(2)]
+    assert losses["Triton"] == pytest.approx(losses["PyTorch"], rel=tolerance)
 
 
 @needs_triton
