@@ -134,7 +134,6 @@ def equations(model, idx, targets):
 
     reg = torch.zeros(())
     for name, repeats in chosen_from.items():  # how a sequence uses the experts, over all its tokens and all repeats
-        assert len(repeats) == c.n_layer // c.group_size
         usage = torch.cat(repeats, dim=1).softmax(-1).mean(1)                            # [B, E] or [B, 2, H, A]
         entropy = (usage * usage.log()).sum(-1).mean(0)                                  # negative: [] or [2, H]
         reg = reg + (c.ffn_reg if "ffn" in name else c.att_reg) * entropy.mean(-1).sum()
