@@ -145,7 +145,8 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_model(path: Path, stored: dict | None = None, **changes) -> tuple[MoEUT, Tokenizer, dict]:
-    """The model of a checkpoint, its config changed where the weights allow it; its tokenizer; all that it holds."""
+    """The model of a checkpoint, or of what was read from it, its config changed where weights allow it; its tokenizer;
+    all that it holds."""
     stored = stored or read_checkpoint(path)
     try:
         Options(**stored["options"])  # or it is of another program, or of another version of this one
