@@ -18,7 +18,8 @@ from moeut import PRESETS, MoEUT, MoEUTConfig
 from train import RECIPES, Options, Trainer, cli, macs_per_token, option, parse, pick_device, read_checkpoint
 
 PAIRS = {name: f"dense-{name.split('-')[-1]}" for name in PRESETS if name in ("tiny", "small") or "moeut" in name}
-APART = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip dtype init_from tokenizer".split()  # else seeds
+# Runs that differ in one of these, or in the model, are not seeds of the same
+APART = "lr warmup hold final_lr weight_decay beta1 beta2 grad_clip dtype init_from tokenizer".split()
 
 
 @dataclass
