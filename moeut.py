@@ -40,10 +40,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# cvmm multiplies rows by the matrices of their chosen experts only. For each slot s, which is one choice by one token,
-#     out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]     gate (default 1) and expert are flattened.
-# So fan_in slots read the same row of x, and fan_out slots add up in the same row of out. `route` sorts them by expert.
-# Without fan_in (None, not 1) row i of x is for the i-th sorted slot; without fan_out, row i of out is.
 from cvmm import cvmm, route, sum_dtype, top_k
 
 
@@ -126,7 +122,13 @@ class Router(nn.Module):
 
 
 class SigmaMoE(nn.Module):
-    """sum over the top-K experts e of gate[e] * relu(x W_up[e]) W_down[e]"""
+    """sum over the top-K experts e of gate[e] * relu(x W_up[e]) W_down[e]
+
+    Slot s is one choice by one token, N * K in all. `route` sorts the slots by expert; `cvmm` then multiplies rows by
+    the matrices of their experts only:
+        out[s // fan_out] += gate[s] * x[s // fan_in] @ w[expert[s]]      gate (1 if left out) and expert are flattened
+    So fan_in slots read the same row of x, and fan_out slots add up in the same row of out. Without fan_in (None, not
+    1) row i of x is for the i-th sorted slot; without fan_out, row i of out is: the hidden units stay sorted."""
 
     def __init__(self, c: MoEUTConfig):
         super().__init__()
@@ -217,20 +219,20 @@ class SwitchHead(nn.Module):
         (_, H, A), J = self.router.shape, self.router.top_k
         gate, expert, usage = self.router(n)                                # [B, T, 2, H, J] both, [B, 2, H, A]
         qk = F.linear(n, self.w_qk).unflatten(-1, (2, H, -1))                            # [B, T, 2, H, D]
-        if A <= 4 and x.device.type == "cpu":  # tiny, small: all experts, gate 0 if not chosen; a tenth faster
-            gates = gate.new_zeros(B, T, 2, H, A).scatter(-1, expert, gate).to(x.dtype)
-            gate_v, gate_o = gates.unsqueeze(-1).unbind(2)                               # [B, T, H, A, 1] both
-            w_v = self.w_v.transpose(0, 1).flatten(1)                                    # [C, H * A * D]
-            v = ((x @ w_v).view(B, T, H, A, -1) * gate_v).sum(3)                         # [B, T, H, D]
-            a = attend(qk, v, rotary, cache).unsqueeze(3) * gate_o                       # [B, T, H, A, D]
-            return a.flatten(2) @ self.w_o.flatten(0, 1), usage                          # [B, T, C]
-        gate_v, gate_o = gate.unbind(2)                                                  # [B, T, H, J] both
-        matrix = expert + A * torch.arange(H, device=x.device).unsqueeze(1)              # [B, T, 2, H, J]
-        r_v, r_o = (route(m, H * A) for m in matrix.unbind(2))
-        v = cvmm(x.flatten(0, 1), self.w_v, r_v, fan_in=H * J, fan_out=J, gate=gate_v)   # [N * H, D]
-        a = attend(qk, v.view(B, T, H, -1), rotary, cache)                               # [B, T, H, D]
-        y = cvmm(a.flatten(0, 2), self.w_o, r_o, fan_in=J, fan_out=H * J, gate=gate_o)   # [N, C]
-        return y.view_as(x), usage
+        if A > 4 or x.device.type != "cpu":  # else see below
+            gate_v, gate_o = gate.unbind(2)                                              # [B, T, H, J] both
+            matrix = expert + A * torch.arange(H, device=x.device).unsqueeze(1)          # [B, T, 2, H, J]
+            r_v, r_o = (route(m, H * A) for m in matrix.unbind(2))
+            v = cvmm(x.flatten(0, 1), self.w_v, r_v, fan_in=H * J, fan_out=J, gate=gate_v)  # [N * H, D]
+            a = attend(qk, v.view(B, T, H, -1), rotary, cache)                           # [B, T, H, D]
+            y = cvmm(a.flatten(0, 2), self.w_o, r_o, fan_in=J, fan_out=H * J, gate=gate_o)  # [N, C]
+            return y.view_as(x), usage
+        # tiny, small: a CPU multiplies by all of so few, with gate 0 if not chosen. A step is a tenth faster
+        gates = gate.new_zeros(B, T, 2, H, A).scatter(-1, expert, gate).to(x.dtype)
+        gate_v, gate_o = gates.unsqueeze(-1).unbind(2)                                   # [B, T, H, A, 1] both
+        v = (x @ self.w_v.transpose(0, 1).flatten(1)).view(B, T, H, A, -1)               # [B, T, H, A, D]
+        a = attend(qk, (v * gate_v).sum(3), rotary, cache).unsqueeze(3) * gate_o         # [B, T, H, A, D]
+        return a.flatten(2) @ self.w_o.flatten(0, 1), usage                              # [B, T, C]
 
 
 class DenseAttention(nn.Module):
