@@ -338,10 +338,10 @@ class MoEUT(nn.Module):
         total = torch.zeros((), device=self.lm_head.weight.device)
         for repeats in usage:
             att, ffn = zip(*repeats, strict=True)                                # [B, 2, H, A] and [B, E] each, or None
-            for weight, used in ((2 * self.config.att_reg, att), (self.config.ffn_reg, ffn)):
+            for weight, used in ((self.config.att_reg, att), (self.config.ffn_reg, ffn)):
                 if used[0] is not None:
                     p = torch.stack(used).mean(0).clamp_min(1e-37)  # [B, 2, H, A] or [B, E], sums to 1; 0 log 0 is nan
-                    total = total + weight * (p * p.log()).sum(-1).mean()  # also over values and outputs: hence 2 *
+                    total = total + weight * (p * p.log()).sum(-1).mean(0).mean(-1).sum()      # [B, 2, H] or [B] -> []
         return total
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
