@@ -84,7 +84,7 @@ def find_files(patterns) -> list[Path]:
     for pattern in patterns:
         tops = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         found = {Path(p) for top in tops for p in (top, *glob.glob(f"{glob.escape(top)}/**", recursive=True))}
-        found = {p.resolve() for p in found if p.is_file() and (p.name not in WRITTEN or str(p) in tops)}
+        found = {p.resolve() for p in found if p.is_file() and (p.name not in WRITTEN or pattern.endswith(p.name))}
         if not found:
             sys.exit(f"--data: there is no text at {pattern!r}: give a file, a folder with files, or a pattern.")
         files |= found
