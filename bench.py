@@ -70,8 +70,7 @@ def compare(folders: list[str]):
             step, bits = [(m["step"], m["val_bits_per_byte"]) for m in metrics if "val_loss" in m][-1]
         except (KeyError, TypeError, ValueError, IndexError):
             sys.exit(f"{folder} holds no run that has been evaluated: --resume goes on with one.")
-        text = "of hash " + "".join(f"{part % 2**64:016x}" for part in run["text_hash"])
-        conditions = dict(text=text, step=step, steps=o.steps, tokens_per_step=o.tokens_per_step,
+        conditions = dict(text_hash=run["text_hash"], step=step, steps=o.steps, tokens_per_step=o.tokens_per_step,
                           eval_tokens=o.eval_tokens, vocab_size=c.vocab_size)
         for k, v in conditions.items():
             if v != (common := common or conditions)[k]:

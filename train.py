@@ -92,8 +92,7 @@ def parse(doc: str, *classes) -> list[dict]:
         choices, read = about.get("choices"), about.get("read", str) if kind in (str, tuple) else kind
         how = dict(type=read, choices=choices, metavar=None if choices else kind.__name__.upper())
         how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+", type=read)}.get(kind, how)
-        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"}, reverse=True)
-        parser.add_argument(*names, dest=f.name, help=about["help"] + f" ({f.default})" * bool(f.default), **how)
+        parser.add_argument(f"--{f.name}", help=about["help"] + f" ({f.default})" * bool(f.default), **how)
     given = vars(parser.parse_args())
     for f in fields(classes[0]):
         value, low, below = given.get(f.name), f.metadata["low"], f.metadata["below"]
@@ -176,9 +175,7 @@ def pick_device(name: str) -> torch.device:
     try:
         if name in ("auto", "cuda") and torch.cuda.is_available():
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun says which
-        tensor = torch.zeros(1, device="cpu" if name == "auto" else name)
-        tensor.item()  # which the meta device, for one, has not
-        return tensor.device
+        return torch.zeros(1, device="cpu" if name == "auto" else name).device
     except (RuntimeError, AssertionError, ImportError) as e:
         sys.exit(f"--device={name} cannot be used ({str(e).splitlines()[0]:.80}): --device=cpu always works.")
 
@@ -290,7 +287,7 @@ def main():
             sys.exit(f"--{wrong} cannot be given with --{'resume' if resume else 'init_from'}: the checkpoint says it.")
         model, tokenizer, stored = load_model(out / "last.pt" if resume else Path(given["init_from"]), **changes)
         given |= {k: v for k, v in stored["options"].items() if k in fixed}
-    if not resume and (out / "last.pt").exists():
+    if not resume and any(out.glob("*.pt")):
         sys.exit(f"{out} holds a run already: --resume goes on with it, another --out begins a new one.")
     usual = stored["options"] if resume else RECIPES.get(given.get("preset", Options.preset), {})
     o = Options(**usual | given)
@@ -349,9 +346,8 @@ def main():
     run |= dict(text_hash=text_hash, options=asdict(o), config=asdict(config), tokenizer=tokenizer.spec)
     first_step, stored = run["step"] + 1, None  # frees its memory
 
-    print("model:", *(f"--{k}={v}" for k, v in asdict(config).items()))
-    shown = {k: v for k, v in (asdict(o) | dict(data=" ".join(o.data))).items() if v != "" and v is not False}
-    print("options:", *(f"--{k}" if v is True else f"--{k} {v}" for k, v in shown.items()))  # as one can type them
+    print("model:", *(f"{k}={v}" for k, v in asdict(config).items()))
+    print("options:", *(f"{k}={v}" for k, v in asdict(o).items()))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {macs_per_token(config, T):,} MACs per token; "
           f"{len(data) / 1e6:.2f}M tokens to train on, {len(val_data) / 1e6:.2f}M for validation; {world} x {device}, "
           f"{str(trainer.dtype)[6:]}, {'' if trainer.compiled else 'not '}compiled, experts by {cvmm.backend(device)}")
@@ -368,7 +364,11 @@ def main():
     def log(**numbers):
         """On the screen, in metrics.jsonl, in the checkpoint."""
         words = (f"{k} {v:,.0f}" if v > 999 else f"{k} {v:.4g}" for k, v in numbers.items())
-        print(f"step {step}/{o.steps}:", ", ".join(words))
+        try:
+            print(f"step {step}/{o.steps}:", ", ".join(words))
+        except BrokenPipeError:  # Ctrl-C ended `| tee` too: save what there is, and leave
+            signals.append(0)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
         run["metrics"].append(dict(step=step, seconds=round(run["seconds"], 1), **finite))
         with aside(out / "metrics.jsonl") as file:
