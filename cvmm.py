@@ -203,8 +203,8 @@ def multiply_dw(x: Tensor, dout: Tensor, slot: Tensor, offsets: Tensor, tiles: T
 #             acc += x[slot[rows] // fan_in, inputs] @ w[expert, inputs, columns]
 #         y[rows, columns] = acc
 #
-# Where a row of x is short, of at most 256 bytes, a block is done before the loads of the next arrive. There a program
-# does a whole tile: it holds its rows of x (HOLD), and goes through all blocks of columns, with w loaded ahead.
+# Where a row of x has at most two blocks, one is done before the loads of the next arrive. There a program does a whole
+# tile: it holds its rows of x (HOLD), and goes through all blocks of columns, with w loaded ahead.
 #
 # The second sums the slots, when all are in memory:
 #
@@ -324,7 +324,7 @@ def dw_kernel(x, dout, dw, slot, offsets, heaviest, n_in, n_out, stride_x, strid
         a = tl.load(x + x_row * stride_x + inputs[None, :], mask=real & (inputs[None, :] < n_in), other=0.0)
         b = tl.load(dout + dout_row * stride_dout + outputs[None, :], mask=real & (outputs[None, :] < n_out), other=0.0)
         acc = dot(tl.trans(a), b, acc, PRECISION)
-    target = (expert.to(tl.int64) * n_in + inputs[:, None]) * n_out + outputs[None, :]
+    target = (expert * n_in + inputs[:, None]) * n_out + outputs[None, :]
     tl.store(dw + target, acc, mask=(inputs[:, None] < n_in) & (outputs[None, :] < n_out))
 
 
@@ -368,7 +368,7 @@ def aligned(t: Tensor) -> Tensor:
 
 def triton_multiply(x, w, gate, other, row, slot, offsets, tiles, fan_in, fan_out):
     m, (e, i, o), options = len(slot), w.shape, schedule(x)
-    if hold := i * x.element_size() <= 256:  # with 64 columns there is room to load w ahead
+    if hold := i <= 2 * options["BK"]:  # with 64 columns there is room to load w ahead
         options |= dict(BN=64, BK=triton.next_power_of_2(i))
     y, dots = x.new_empty(m, o), x.new_empty(0 if other is None else m, dtype=torch.float32)
     launch(rows_kernel, len(tiles) * (1 if hold else triton.cdiv(o, options["BN"])), x=x, w=w, y=y, slot=slot,
@@ -387,7 +387,7 @@ def triton_dw(x, dout, slot, offsets, fan_in, fan_out):
     e, i, o, options = len(offsets) - 1, x.shape[1], dout.shape[1], schedule(x)
     dw = x.new_empty(e, i, o, dtype=torch.float32)
     launch(dw_kernel, e * triton.cdiv(i, 128) * triton.cdiv(o, options["BN"]), x=x, dout=dout, dw=dw, slot=slot,
-           offsets=offsets, heaviest=offsets.diff().argsort(descending=True).int(), n_in=i, n_out=o, fan_in=fan_in,
+           offsets=offsets, heaviest=offsets.diff().argsort(descending=True), n_in=i, n_out=o, fan_in=fan_in,
            fan_out=fan_out, stride_x=x.stride(0), stride_dout=dout.stride(0), BM=128, **options)
     return dw
 
