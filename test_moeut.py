@@ -1171,7 +1171,7 @@ BAD = [  # what is run, and what is added: the sentence contains the name of the
         --data= | --data=missing.txt → missing.txt | --data=empty.txt → more text | --data=latin.txt → more text |
         --tokens_per_step=65 | --n_layer=3 --group_size=2 → n_layer | --top_k=9 | --ffn_reg=nan | --preset=huge → huge |
         --dtype=int8 → int8 | --device=cuda:99 → cuda:99 | --device=hpu → hpu | --vocab_size=100 | --wandb |
-        --tokenizer=klingon → klingon | --out=text.txt → text.txt | --out=out → --resume |
+        --tokenizer=klingon → klingon | --out=text.txt → text.txt | --out=out → --resume | --tokens_per_step=48 |
         --init_from=out --tokenizer=x → --init_from | --init_from=out --n_embd=32 → model that fits .size mismatch"""),
     ([train], """
         --resume → 6 steps | --resume --out=nowhere → nowhere | --resume --out=out/last.pt → no checkpoint at |
