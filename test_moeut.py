@@ -1001,7 +1001,7 @@ def test_how_a_step_is_divided_changes_nothing(checkpoint, run):
     assert " recompute=True " in printed and checkpoint.called
     run(train, *options, f"--steps={step + 2}", "--batch_size=4", "--out=four")
     printed, error = process.communicate()
-    assert process.returncode == 0 and printed.count("saved in two") == 1, error
+    assert process.returncode == 0 and printed.count("MACs per token") == 1, error
     logs = [set(Path(f"log{rank}").read_text().splitlines()) for rank in (0, 1)]  # seeds of dropout, what is saved, ...
     assert len(logs[0]) - 1 == len(logs[1]) == step + 3 and "saved" in logs[0] and logs[0] & logs[1] == {"on cpu"}
     for out in ("one", "two"):
@@ -1012,12 +1012,12 @@ def test_how_a_step_is_divided_changes_nothing(checkpoint, run):
 
 def test_help_compare_and_bench(run):
     """Mean and range over the seeds; a changed model or recipe stands apart. A run outlives the name of its preset."""
-    options = "seed=1 seed=2 lr=2e-3 dtype=bfloat16 top_k=1 preset=dense-small".split()
-    for name, option in zip("abcdef", options, strict=True):
+    options = "seed=1 seed=2 lr=2e-3 dtype=bfloat16 top_k=1 tokenizer=bytes preset=dense-small".split()
+    for name, option in zip("abcdefg", options, strict=True):
         run(train, *SMALL, f"--{option}", f"--out={name}")
-    lines = run(bench, "--compare", *"abcdef").out.splitlines()
-    assert [re.search("lr=|ffn=", line) for line in lines if line.startswith("dense-small")] == [None]  # as its recipe
-    (two,) = [line.split()[-7:] for line in lines if line.startswith("tiny") and not re.search("top_k|lr=|dtype", line)]
+    lines = run(bench, "--compare", *"gfedcba").out.splitlines()
+    assert [re.search("lr=|ffn=|vocab", line) for line in lines if "dense" in line] == [None]  # its recipe
+    (two,) = [line.split()[-7:] for line in lines if line.startswith("tiny") and not re.search("k=|lr=|type|tok", line)]
     bits = [logged(name, "val_bits_per_byte")[6] for name in ("a", "b")]
     assert not torch.isin(*(load(name)["model"]["embedding.weight"] for name in "ab")).any()
     assert not torch.equal(*(load(name)["optimizer"]["state"][0]["exp_avg"] != 0 for name in "ab"))
@@ -1086,14 +1086,23 @@ def test_terminals(done):
 
 
 def test_show_experts(run, done):
-    """Every token once for each application, with the feedforward expert of the largest gate; no codes in a pipe."""
-    printed = run(sample, "--prompt=naïve 12", "--show_experts").out
-    (model, tokenizer, _), best = train.load_model(Path("out")), []
-    model.layers[0].ffn.router.register_forward_hook(
-        lambda router, args, _: best.append((args[0][0] @ router.w.T).argmax(1).tolist()))
-    model.eval()(torch.tensor([tokenizer.encode("naïve 12").tolist()]))
+    """Every token once for each application, with the feedforward expert of the largest gate; no codes in a pipe. How
+    many experts of a pool are used, how evenly, and how many of its experts a token keeps in the next repeat."""
+    printed = run(sample, f"--prompt={TEXT[:60]}", "--show_experts").out
+    (model, tokenizer, _), calls = train.load_model(Path("out")), []
+    for router in model.layers[0].attention.router, model.layers[0].ffn.router:
+        router.register_forward_hook(lambda router, args, _: calls.append(  # [T, pools, K]
+            (args[0][0] @ router.w.T).view(16, -1, router.shape[-1]).topk(router.top_k).indices))
+    model.eval()(torch.tensor([tokenizer.encode(TEXT[:60])[-16:].tolist()]))
     shown = [[int(e) for e in re.findall(r"\[(\d)\]", part)] for part in printed.split("application")[1:]]
-    assert shown == best and "\x1b" not in printed and "layers.0.attention.router " in printed
+    assert shown == [chosen[:, 0, 0].tolist() for chosen in calls[1::2]] and "\x1b" not in printed
+    for name, n, *chosen in (("attention", 2, *calls[::2]), ("ffn", 4, *calls[1::2])):
+        p = F.one_hot(torch.stack(chosen), n).double().mean((0, 1, 3))                   # [pools, n]
+        evenness = -(p * p.log()).nansum(1).mean() / math.log(n)
+        pairs = zip(*(c.flatten(0, 1).tolist() for c in chosen), strict=True)
+        kept = np.mean([len({*a} & {*b}) / len(a) for a, b in pairs])
+        row = f"layers.0.{name + '.router':23} {(p > 0).double().mean():6.0%} {evenness:16.2f} {kept:27.0%}"
+        assert row in printed
     run(train, *SMALL, "--steps=1", "--group_size=2", "--n_expert=1", "--top_k=1", "--out=apart")  # nothing is repeated
     table = run(sample, "--out=apart", "--show_experts").out
     assert table.count(" -\n") == 4 and "nan" not in table
@@ -1167,27 +1176,29 @@ def test_weights_of_the_authors(run, monkeypatch):
 
 BAD = [  # what is run, and what is added: the sentence contains the name of the last option, or what follows the arrow
     ([train, *SMALL, "--out=new"], """
-        --nonsense=1 | --steps=many | --steps=0 → steps is 0 | --lr=nan → lr is nan | --beta2=1 | --seed=-1 |
+        --step=1 | --steps=many | --steps=0 → steps is 0 | --lr=nan → lr is nan | --beta2=1 | --seed=-1 |
         --data= | --data=missing.txt → missing.txt | --data=empty.txt → more text | --data=latin.txt → more text |
         --tokens_per_step=65 | --n_layer=3 --group_size=2 → n_layer | --top_k=9 | --ffn_reg=nan | --preset=huge → huge |
         --dtype=int8 → int8 | --device=cuda:99 → cuda:99 | --device=hpu → hpu | --vocab_size=100 | --wandb |
         --tokenizer=klingon → klingon | --out=text.txt → text.txt | --out=out → --resume | --tokens_per_step=48 |
+        --init_from=theirs.pt → theirs.pt does not hold | --expert_size=9999999999999 → into memory |
         --init_from=out --tokenizer=x → --init_from | --init_from=out --n_embd=32 → model that fits .size mismatch"""),
     ([train], """
         --resume → 6 steps | --resume --out=nowhere → nowhere | --resume --out=out/last.pt → no checkpoint at |
         --resume --seed=3 | --resume --eval_tokens=9 | --resume --n_layer=4 | --resume --tokens_per_step=32 |
         --resume --init_from=out | --resume --preset=tiny | --resume --out=half → half/last.pt is not |
-        --resume --steps=9 --data=few.txt → not what it was | --resume --out=other → other.* .'options'. |
+        --resume --steps=9 --data=few.txt → not what it was | --resume --out=other → other.* 'new' |
         --init_from=nowhere → nowhere | --resume --steps=9 --out=foreign → foreign |
         --resume --out=weights → --init_from=weights takes the weights"""),
     ([bench], """
         --preset=dense-tiny → dense-tiny | --compare out text.txt → text.txt |
         --compare out foreign → These cannot be compared: steps is 6 in out and 9 in foreign."""),
     ([sample], """
-        --top_k=few | --n_samples=0 | --temperature=-1 → temperature is -1 | --top_p=1.1 | --prompt= | --tokenizer=x |
+        --top_k=few | --n_samples=0 | --temperature=-1 → temperature is -1 | --top_p=1.1 | --prompt= | --preset=tiny |
+        --tokenizer=x | --prompt=\udcef → not UTF-8 |
         --out=half → half/last.pt is not | --tasks x | --prompt_file=missing.txt → missing.txt |
         --prompt_file=empty.txt → empty.txt | --prompt_file=latin.txt → latin.txt | --prompt=a --prompt_file=text.txt |
-        --out=theirs.pt → --tokenizer | --out=theirs.pt --tokenizer=x --preset=tiny → rope.base""")]
+        --out=theirs.pt --preset=tiny → --tokenizer | --out=theirs.pt --tokenizer=x --preset=tiny → rope.base""")]
 
 
 @pytest.mark.parametrize("start, case", [(start, case) for start, cases in BAD for case in cases.split("|")])
@@ -1196,7 +1207,7 @@ def test_bad_input(start, case, run, done, monkeypatch):
     for name, content in dict(empty=b"", latin=b"na\xefve " * 99, few=b"few words " * 99).items():
         Path(f"{name}.txt").write_bytes(content)
     foreign = load() | dict(optimizer={}, options=load()["options"] | dict(steps=9))
-    other = dict(config=1, model={})
+    other = dict(options=dict(new=1))
     for name, stored in dict(foreign=foreign, other=other, half=None).items():
         Path(name).mkdir()
         torch.save(stored, f"{name}/last.pt")
